@@ -1,0 +1,1 @@
+"""Train, predict, score and submit on partly annotated volume electron microscopy."""

@@ -1,0 +1,40 @@
+"""Logging of one workflow job: everything into the rule's log file, one line naming the fault at its end."""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def log_to(path: str) -> None:
+    """Send the library's log records to the file `path`, which is begun anew."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    logging.basicConfig(filename=path, filemode="w", level=logging.INFO, format=FORMAT, force=True)
+    logging.captureWarnings(True)
+
+
+@contextmanager
+def job(snakemake: Any) -> Iterator[None]:
+    """Log the job of a workflow script; on an exception write the traceback, then one `ERROR` line, and exit with 1.
+
+    The line reads `ERROR <rule> <wildcards>: what, where, remedy` and goes to the log and to standard error.
+    """
+    path = snakemake.log[0]
+    log_to(path)
+    try:
+        yield
+    except Exception as error:
+        wildcards = ",".join(f"{key}={value}" for key, value in snakemake.wildcards.items())
+        message = " ".join(str(error).split()) or type(error).__name__
+        line = f"ERROR {snakemake.rule} {wildcards or '-'}: {message}"
+        logging.shutdown()
+        with open(path, "a") as stream:
+            stream.write(traceback.format_exc())
+            stream.write(line + "\n")
+        print(line, file=sys.stderr)
+        sys.exit(1)
