@@ -1,7 +1,7 @@
 """The challenge's classes as data: ids, atoms, groups, and the relations that follow from them.
 
-An atom is a class made of no other; a group is a union of atoms (CHALLENGE section 1b). Two classes are disjoint if they
-share no atom; a class contains another if it has all of its atoms and more.
+An atom is a class made of no other; a group is a union of atoms. Two classes are disjoint if they share no atom; a class
+contains another if it has all of its atoms and more.
 """
 
 import difflib
@@ -55,7 +55,7 @@ _UNTESTED = frozenset(
 
 @dataclass(frozen=True)
 class OrganelleClass:
-    """One class: its `id` in the challenge's table, the ids of its `atoms`, whether it is scored by instance or at all."""
+    """One class: its `id` in the challenge's table, the ids of its `atoms`, whether it is scored and by instance."""
 
     name: str
     id: int
@@ -119,12 +119,13 @@ def score_ceiling(classes: Iterable[str]) -> float:
     """Return the highest overall challenge score that answers in `classes` alone can reach.
 
     The score is the geometric mean of the mean over the tested instance classes and that over the semantic ones, a
-    missing class counting 0 (CHALLENGE sections 1b and 4.7).
+    missing class counting 0.
     """
     answered = {name for name in classes if get_class(name).tested}
     instance = [name for name in TESTED if CLASSES[name].instance]
     semantic = [name for name in TESTED if not CLASSES[name].instance]
     return math.sqrt(
-        sum(name in answered for name in instance) / len(instance)
+        sum(name in answered for name in instance)
+        / len(instance)
         * (sum(name in answered for name in semantic) / len(semantic))
     )

@@ -1,0 +1,420 @@
+"""Writes the training store: per crop a raw uint8 image with context, its label map, and voxel positions to draw from.
+
+Arrays are (z, y, x). The image holds `context_nm` of EM round the label box, as far as the EM reaches; the label map is
+as large as the image and unknown (row 255) outside the label box. Everything is written slab by slab along z, so memory
+does not grow with the crop. `prepare.store` reads what this module writes.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from glob import escape
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from isal import igzip, igzip_lib
+from nibabel import Nifti1Header
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
+
+from cellmap_pipe.config import RESULT_VERSIONS
+from cellmap_pipe.errors import ContractError, DataError
+from cellmap_pipe.files import (
+    canonical_json,
+    check_file,
+    describe_file,
+    digest,
+    read_json,
+    remove_partials,
+    replacing,
+    write_json,
+    write_text,
+)
+from cellmap_pipe.geometry import Lattice
+from cellmap_pipe.prepare.convert import map_isolated
+from cellmap_pipe.prepare.em import read_em
+from cellmap_pipe.prepare.labels import PRESENT, UNKNOWN, UNKNOWN_ROW, decode_table
+from cellmap_pipe.prepare.ngff import Image, chunks_on_disk, read_image
+from cellmap_pipe.prepare.quality import KEEP, read_verdicts
+from cellmap_pipe.prepare.resample import lattice_weights
+from cellmap_pipe.prepare.store import FORMAT_VERSION, pack_index
+
+logger = logging.getLogger(__name__)
+
+# Sampled voxels kept per crop: of each class, and of those with any class known.
+POSITIONS_PER_CLASS = 2000
+POSITIONS_KNOWN = 4000
+ANY_KNOWN = -1
+
+# Voxels handled at once: 32 MiB of EM, and 32 MiB of 8-byte indices where positions are sorted.
+EM_SLAB_VOXELS = 2**25
+LABEL_SLAB_VOXELS = 2**22
+
+CONVERT_REMEDY = "make it again with `snakemake -R convert`"
+CHUNK_REMEDY = "make it again with `snakemake -R chunk`"
+
+# What isal and nibabel raise on a file that is not what it should be.
+_UNREADABLE: tuple[Any, ...] = (
+    EOFError,
+    ValueError,
+    igzip.BadGzipFile,
+    igzip_lib.IsalError,
+    HeaderDataError,
+    WrapStructError,
+)
+
+Record = dict[str, Any]
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class ChunkSettings:
+    """Where one grid's bulk files lie and how much EM goes round each label box."""
+
+    data_root: Path
+    nifti_dir: Path
+    store_dir: Path
+    context_nm: float
+    max_upsample: float
+    revision: int = 0
+
+
+def chunk_shard(
+    quality_csv: str | os.PathLike[str],
+    convert_json: str | os.PathLike[str],
+    out_json: str | os.PathLike[str],
+    *,
+    data_root: str | os.PathLike[str],
+    nifti_dir: str | os.PathLike[str],
+    store_dir: str | os.PathLike[str],
+    context_nm: float,
+    max_upsample: float,
+    workers: int,
+    revision: int = 0,
+) -> None:
+    """Write the store's files of the kept crops of one shard, then `out_json` with their records.
+
+    quality_csv: verdicts of the grid's crops. convert_json: the shard's converted crops. Files that were made of the
+    same input and `revision` are left as they are; those of crops that are no longer kept are deleted. A crop that fails does not stop
+    the others, but the job then ends with an error and without `out_json`: a crop that passed the quality check must
+    not get lost on the way.
+    Raises CellmapError naming the crop that failed, the reason and the remedy.
+    """
+    settings = ChunkSettings(Path(data_root), Path(nifti_dir), Path(store_dir), float(context_nm), float(max_upsample), revision)
+    converted = read_json(convert_json, CONVERT_REMEDY)
+    verdicts = read_verdicts(quality_csv)
+    kept = [record for record in converted["records"] if verdicts.get(record["crop"]) == KEEP]
+    for record in converted["records"]:
+        stem = store_stem(record["crop"])
+        _remove(settings.store_dir.glob(f".partial-*-{escape(stem)}[_.]*"))
+        if verdicts.get(record["crop"]) != KEEP:
+            _remove(settings.store_dir / name for name in _file_names(stem))
+    records = map_isolated(chunk_crop, [(record, settings) for record in kept], workers)
+    write_json(
+        out_json,
+        {
+            "grid": converted["grid"],
+            "voxel_nm": converted["voxel_nm"],
+            "classes": converted["classes"],
+            "store_dir": os.path.relpath(settings.store_dir, Path(out_json).parent),
+            "records": sorted(records, key=lambda record: record["crop"]),
+        },
+    )
+
+
+def write_index(
+    shard_jsons: Sequence[str | os.PathLike[str]],
+    statistics_json: str | os.PathLike[str],
+    out_json: str | os.PathLike[str],
+) -> None:
+    """Write the index that opens a grid's store, and delete from the store what no shard lists any more.
+
+    statistics_json: of the same grid (prepare.statistics); its percentiles become the intensity range of each dataset.
+    Raises DataError if no crop is left, ContractError if shards and statistics do not belong together.
+    """
+    shards = [read_json(path, CHUNK_REMEDY) for path in shard_jsons]
+    first, out_json = shards[0], Path(out_json)
+    for path, shard in zip(shard_jsons, shards, strict=True):
+        for key in ("grid", "voxel_nm", "classes"):
+            if shard[key] != first[key]:
+                raise ContractError(f"{path}: {key} {shard[key]} differs from {shard_jsons[0]}; {CHUNK_REMEDY}")
+    records = sorted((record for shard in shards for record in shard["records"]), key=lambda record: record["crop"])
+    if not records:
+        raise DataError(
+            f"grid {first['grid']}: no crop passed the quality check, so there is nothing to train on; "
+            "see the causes in the grid's quality/crops.csv"
+        )
+    statistics = read_json(statistics_json, "make it again with `snakemake -R quality`")["datasets"]
+    missing = sorted({record["dataset"] for record in records} - set(statistics))
+    if missing:
+        raise ContractError(f"{statistics_json}: has no statistics of {missing[0]}; make it again with -R quality")
+    store_dir = Path(shard_jsons[0]).parent / first["store_dir"]
+    listed = {name for record in records for name in _file_names(store_stem(record["crop"]))}
+    remove_partials(store_dir)
+    _remove(path for path in store_dir.iterdir() if path.name not in listed)
+    index = {
+        "format_version": FORMAT_VERSION,
+        "grid": first["grid"],
+        "voxel_nm": first["voxel_nm"],
+        "classes": first["classes"],
+        "store_dir": os.path.relpath(store_dir, out_json.parent),
+        "normalisation": {
+            dataset: [entry["percentiles"]["0.5"], entry["percentiles"]["99.5"]]
+            for dataset, entry in statistics.items()
+        },
+    }
+    write_text(out_json, canonical_json(pack_index(index, records)) + "\n")
+
+
+def store_stem(crop: str) -> str:
+    """Return how the store's files of crop `{dataset}/crop{N}` begin."""
+    return crop.replace("/", "_")
+
+
+def chunk_crop(record: Record, settings: ChunkSettings) -> Record:
+    """Write the files of one converted crop, unless they are there already, and return the crop's record in the store.
+
+    Raises ContractError if its NIfTI is damaged, DataError or GeometryError if its EM cannot be read any more.
+    """
+    crop = record["crop"]
+    sidecar = settings.store_dir / f"{store_stem(crop)}.json"
+    box = Lattice.from_dict(record["lattice"])
+    image = _pinned_image(record, settings) if settings.context_nm > 0 else None
+    lattice, offset = grown_box(box, image, settings.context_nm) if image else (box, (0, 0, 0))
+    input_digest = digest(
+        {
+            "version": [FORMAT_VERSION, RESULT_VERSIONS["chunk"], settings.revision],
+            "nifti": [record["files"][kind]["sha256"] for kind in ("image", "label")],
+            "record": [record[key] for key in ("classes", "table", "lattice", "input_digest")],
+            "lattice": lattice.to_dict(),
+            "em": _em_identity(image, lattice) if image else None,
+        }
+    )
+    known = _sidecar(sidecar, settings.store_dir)
+    if known and known["input_digest"] == input_digest:
+        logger.info("%s: the store holds it already", crop)
+        return known
+    nifti = {
+        kind: check_file(record["files"][kind], settings.nifti_dir, CONVERT_REMEDY, full=True)
+        for kind in ("image", "label")
+    }
+    table = decode_table(record["table"], len(record["classes"]))
+    paths = {kind: settings.store_dir / f"{store_stem(crop)}_{kind}.npy" for kind in ("image", "label", "positions")}
+    if image:
+        em_slabs = _em_slabs(image, lattice, settings.max_upsample)
+    else:
+        em_slabs = nifti_slabs(nifti["image"], box.shape)
+    _write_npy(paths["image"], np.dtype(np.uint8), lattice.shape, em_slabs)
+    label_slabs = _padded_slabs(nifti_slabs(nifti["label"], box.shape), lattice.shape, offset, box.shape)
+    _write_npy(paths["label"], np.dtype(record["label_dtype"]), lattice.shape, label_slabs)
+    label = np.load(paths["label"], mmap_mode="r")
+    with replacing(paths["positions"]) as unfinished:
+        np.save(unfinished, sample_positions(label, table, seed=int(digest(crop)[:16], 16)))
+    result = {
+        "crop": crop,
+        "dataset": record["dataset"],
+        "lattice": lattice.to_dict(),
+        "label_offset": list(offset),
+        "label_shape": list(box.shape),
+        "table": record["table"],
+        "classes": record["classes"],
+        "counts": record["counts"],
+        "annotated": record["annotated"],
+        "has_positive": [name for name in record["classes"] if record["counts"][name]["present"]],
+        "files": {kind: describe_file(path, settings.store_dir) for kind, path in paths.items()},
+        "input_digest": input_digest,
+    }
+    write_json(sidecar, result)
+    logger.info("%s: written, %s voxels", crop, "x".join(map(str, lattice.shape)))
+    return result
+
+
+def grown_box(box: Lattice, image: Image, context_nm: float) -> tuple[Lattice, tuple[int, int, int]]:
+    """Return `box` grown by `context_nm`, rounded up to whole voxels, and the voxel of it where `box` begins.
+
+    It grows no further than the EM reaches with whole voxels, and never shrinks.
+    """
+    reach = image.levels[0].lattice
+    wanted = [math.ceil(context_nm / v - 1e-6) for v in box.voxel_nm]
+    room_before = [(lo - em) / v for lo, em, v in zip(box.lower_nm, reach.lower_nm, box.voxel_nm, strict=True)]
+    room_after = [(em - hi) / v for hi, em, v in zip(box.upper_nm, reach.upper_nm, box.voxel_nm, strict=True)]
+    before = [max(0, min(w, math.floor(room + 1e-6))) for w, room in zip(wanted, room_before, strict=True)]
+    after = [max(0, min(w, math.floor(room + 1e-6))) for w, room in zip(wanted, room_after, strict=True)]
+    return box.padded(before, after), (before[0], before[1], before[2])
+
+
+def nifti_slabs(path: str | os.PathLike[str], shape: Sequence[int]) -> Iterator[Array]:
+    """Yield the voxels of a `.nii.gz` file slab by slab along z, each (z, y, x), without holding the whole volume.
+
+    shape: what it must hold, (z, y, x). The file stores x fastest: its bytes are those of a (z, y, x) array in C order.
+    Raises ContractError if the file is damaged or of another shape.
+    """
+    try:
+        with igzip.open(path, "rb") as stream:
+            header = Nifti1Header.from_fileobj(stream, check=False)
+            if tuple(header.get_data_shape()[::-1]) != tuple(shape):
+                raise ContractError(
+                    f"{path}: shape {header.get_data_shape()[::-1]}, expected {tuple(shape)}; {CONVERT_REMEDY}"
+                )
+            stream.read(int(header["vox_offset"]) - stream.tell())
+            dtype = header.get_data_dtype()
+            for first, last in _slab_ranges(shape, EM_SLAB_VOXELS):
+                voxels = (last - first) * shape[1] * shape[2]
+                data = stream.read(voxels * dtype.itemsize)
+                yield np.frombuffer(data, dtype, voxels).reshape(last - first, *shape[1:])
+    except _UNREADABLE as error:
+        raise ContractError(f"{path}: damaged ({error}); {CONVERT_REMEDY}") from error
+
+
+def sample_positions(
+    label: Array,
+    table: npt.NDArray[np.uint8],
+    *,
+    seed: int,
+    per_class: int = POSITIONS_PER_CLASS,
+    known: int = POSITIONS_KNOWN,
+) -> npt.NDArray[np.int32]:
+    """Return voxels drawn at random, without repetition, from each class and from the voxels with any class known.
+
+    label: label map (z, y, x), may be memory-mapped. table: its state table, uint8 (rows, classes). Result: int32
+    (n, 4), sorted: class column (-1: any known), z, y, x; all voxels of a class that has no more than `per_class`.
+    """
+    rng = np.random.default_rng(seed)
+    shape = label.shape
+    in_row = np.zeros(len(table), np.int64)
+    for first, last in _slab_ranges(shape, LABEL_SLAB_VOXELS):
+        in_row += np.bincount(label[first:last].ravel(), minlength=len(table))
+    members = [(ANY_KNOWN, (table != UNKNOWN).any(axis=1), known)]
+    members += [(column, table[:, column] == PRESENT, per_class) for column in range(table.shape[1])]
+    # a class's voxels are numbered row by row of the table, in each row by position: a draw is (class, row, number)
+    draws = [np.empty((0, 3), np.int64)]
+    for column, is_member, limit in members:
+        rows = np.flatnonzero(is_member & (in_row > 0))
+        ends = np.cumsum(in_row[rows])
+        if not len(rows):
+            continue
+        ranks = np.sort(rng.choice(int(ends[-1]), min(limit, int(ends[-1])), replace=False, shuffle=False))
+        which = np.searchsorted(ends, ranks, side="right")
+        numbers = ranks - (ends - in_row[rows])[which]
+        draws.append(np.column_stack([np.full(len(ranks), column), rows[which], numbers]))
+    column, row, number = np.concatenate(draws).T
+    flat = np.zeros(len(column), np.int64)
+    seen = np.zeros(len(table), np.int64)
+    for first, last in _slab_ranges(shape, LABEL_SLAB_VOXELS):
+        slab = label[first:last].ravel()
+        by_row = np.argsort(slab, kind="stable")
+        counts = np.bincount(slab, minlength=len(table))
+        begins = np.cumsum(counts) - counts
+        here = (number >= seen[row]) & (number < (seen + counts)[row])
+        flat[here] = by_row[(begins - seen)[row[here]] + number[here]] + first * shape[1] * shape[2]
+        seen += counts
+    order = np.lexsort((flat, column))
+    return np.column_stack([column, *np.unravel_index(flat, shape)])[order].astype(np.int32)
+
+
+def _pinned_image(record: Record, settings: ChunkSettings) -> Image:
+    """Return the crop's EM with the one level that convert took: the context must not come from another."""
+    image = read_image(settings.data_root / record["em"])
+    name = Path(record["em_level"]["path"]).name
+    levels = tuple(level for level in image.levels if Path(level.path).name == name)
+    if not levels:
+        raise DataError(f"{image.path}: level {name}, which convert used, is gone; {CONVERT_REMEDY}")
+    return replace(image, levels=levels)
+
+
+def _em_identity(image: Image, lattice: Lattice) -> dict[str, Any]:
+    """Return what tells that other EM would be read for `lattice`: the level, and which of its chunks are on disk."""
+    (level,) = image.levels
+    weights = lattice_weights(level.lattice, lattice)
+    present = chunks_on_disk(level, [w.start for w in weights], [w.stop for w in weights])
+    packed = np.packbits(present).tobytes().hex()
+    return {"level": Path(level.path).name, "lattice": level.lattice.to_dict(), "chunks": [list(present.shape), packed]}
+
+
+def _em_slabs(image: Image, lattice: Lattice, max_upsample: float) -> Iterator[Array]:
+    for first, last in _slab_ranges(lattice.shape, EM_SLAB_VOXELS):
+        window = lattice.window((first, 0, 0), (last - first, *lattice.shape[1:]))
+        yield read_em(image, window, max_upsample=max_upsample).image
+
+
+def _padded_slabs(
+    slabs: Iterator[Array], shape: Sequence[int], offset: Sequence[int], box_shape: Sequence[int]
+) -> Iterator[Array]:
+    """Yield label slabs of the full cross-section: those of the label box with row 255 all round."""
+    after = [n - o - b for n, o, b in zip(shape, offset, box_shape, strict=True)]
+    sides = [(offset[1], after[1]), (offset[2], after[2])]
+    dtype = None
+    for i, slab in enumerate(slabs):
+        if i == 0:
+            dtype = slab.dtype
+            yield from _unknown_planes(offset[0], shape, dtype)
+        yield np.pad(slab, [(0, 0), *sides], constant_values=UNKNOWN_ROW)
+    assert dtype is not None
+    yield from _unknown_planes(after[0], shape, dtype)
+
+
+def _unknown_planes(count: int, shape: Sequence[int], dtype: np.dtype[Any]) -> Iterator[Array]:
+    for first, last in _slab_ranges((count, *shape[1:]), EM_SLAB_VOXELS):
+        yield np.full((last - first, *shape[1:]), UNKNOWN_ROW, dtype)
+
+
+def _slab_ranges(shape: Sequence[int], max_voxels: int) -> Iterator[tuple[int, int]]:
+    """Yield ranges [first, last) of planes along z with at most `max_voxels` voxels, one plane at least."""
+    depth = max(1, max_voxels // (shape[1] * shape[2]))
+    for first in range(0, shape[0], depth):
+        yield first, min(first + depth, shape[0])
+
+
+def _write_npy(path: Path, dtype: np.dtype[Any], shape: Sequence[int], slabs: Iterator[Array]) -> None:
+    """Write slabs along z as one raw `.npy` array, atomically.
+
+    Written, not memory-mapped: a full disk is then an error to report, where a map would kill the process.
+    Raises ContractError if the slabs are not of `dtype` and do not add up to `shape`.
+    """
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": tuple(shape)}
+    planes = 0
+    with _npy_stream(path, header) as stream:
+        for slab in slabs:
+            if slab.dtype != dtype or slab.shape[1:] != tuple(shape[1:]):
+                raise ContractError(
+                    f"{path}: {slab.dtype} {slab.shape} for an array of {dtype} {tuple(shape)}; {CONVERT_REMEDY}"
+                )
+            stream.write(np.ascontiguousarray(slab).data)
+            planes += len(slab)
+        if planes != shape[0]:
+            raise ContractError(f"{path}: {planes} planes for an array of {tuple(shape)}; {CONVERT_REMEDY}")
+
+
+@contextmanager
+def _npy_stream(path: Path, header: dict[str, Any]) -> Iterator[BinaryIO]:
+    with replacing(path) as unfinished, open(unfinished, "wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, header)
+        yield stream
+
+
+def _sidecar(path: Path, store_dir: Path) -> Record | None:
+    """Return the record of a crop that is in the store already, or None if it is not, or not completely."""
+    try:
+        record: Record = json.loads(path.read_text())
+        for contract in record["files"].values():
+            check_file(contract, store_dir, CHUNK_REMEDY)
+    except (OSError, ValueError, KeyError, ContractError):
+        return None
+    return record
+
+
+def _file_names(stem: str) -> list[str]:
+    return [f"{stem}.json", *(f"{stem}_{kind}.npy" for kind in ("image", "label", "positions"))]
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_file():
+            logger.info("%s: deleted, its crop is not used any more", path)
+            path.unlink(missing_ok=True)

@@ -1,0 +1,370 @@
+"""The training store as it is written: same voxels as the NIfTI, EM context, positions, and nothing lost silently."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from cellmap_pipe.errors import CellmapError, ContractError, DataError
+from cellmap_pipe.geometry import Lattice
+from cellmap_pipe.prepare import chunks
+from cellmap_pipe.prepare.chunks import chunk_shard, nifti_slabs, sample_positions, write_index
+from cellmap_pipe.prepare.convert import convert_shard, read_nifti, write_nifti
+from cellmap_pipe.prepare.crops import write_crops
+from cellmap_pipe.prepare.quality import write_quality
+from cellmap_pipe.prepare.store import Store, verify_store
+
+CLASSES = ["pm", "mito", "nuc"]
+EM_PATH, LABELS_PATH = "recon-1/em/fibsem-uint8", "recon-1/labels/groundtruth"
+VOXEL = 8.0
+# first voxel in the EM and shape of each crop
+CROPS = {"crop1": ((10, 12, 14), (16, 14, 12)), "crop2": ((24, 30, 40), (16, 16, 16))}
+
+
+def write_image(path, array, voxel_nm, translation_nm, chunk):
+    """Write an OME-NGFF 0.4 group with one level."""
+    group = zarr.open_group(path, mode="w", zarr_format=2)
+    level = group.create_array("s0", shape=array.shape, dtype=array.dtype, chunks=chunk, fill_value=0)
+    level[...] = array
+    transforms = [{"type": "scale", "scale": voxel_nm}, {"type": "translation", "translation": translation_nm}]
+    group.attrs["multiscales"] = [
+        {
+            "version": "0.4",
+            "axes": [{"name": axis, "type": "space", "unit": "nanometer"} for axis in "zyx"],
+            "datasets": [{"path": "s0", "coordinateTransformations": transforms}],
+        }
+    ]
+
+
+class Run:
+    """A challenge of one dataset with an EM of 40x48x56 voxels and two crops, and the stages up to the store."""
+
+    def __init__(self, folder):
+        self.folder, self.root = folder, folder / "data"
+        self.nifti, self.store = folder / "nifti", folder / "chunks/store"
+        self.rng = np.random.default_rng(0)
+        container = self.root / "fly/fly.zarr"
+        self.em = self.rng.integers(1, 256, (40, 48, 56)).astype(np.uint8)
+        write_image(container / EM_PATH, self.em, [VOXEL] * 3, [0.0] * 3, (16, 16, 16))
+        for name, (offset, shape) in CROPS.items():
+            kinds = self.rng.integers(0, 3, shape)
+            translation = [o * VOXEL for o in offset]
+            for i, label in enumerate(["pm", "mito"], 1):
+                path = container / LABELS_PATH / name / label
+                write_image(path, (kinds == i).astype(np.uint8), [VOXEL] * 3, translation, (16, 16, 16))
+
+    def prepare(self):
+        data = {"root": str(self.root), "em_path": EM_PATH, "labels_path": LABELS_PATH, "crops": None}
+        write_crops(data, self.folder / "crops.csv")
+        convert_shard(
+            self.folder / "crops.csv",
+            self.folder / "convert.json",
+            data_root=self.root,
+            shard=0,
+            shards=1,
+            grid_name="8nm",
+            voxel_nm=[VOXEL] * 3,
+            classes=CLASSES,
+            labels={"empty": "absent"},
+            max_upsample=4,
+            nifti_dir=self.nifti,
+            workers=1,
+        )
+        self.judge()
+        return self
+
+    def judge(self, drop=()):
+        outputs = self.folder / "quality.csv", self.folder / "statistics.json"
+        settings = {"min_em_fraction": 0.5, "min_std": 2.0}
+        write_quality([self.folder / "convert.json"], *outputs, settings=settings, keep=[], drop=list(drop))
+
+    def chunk(self, context_nm=32.0, workers=1):
+        out = self.folder / "chunks/shard0.json"
+        chunk_shard(
+            self.folder / "quality.csv",
+            self.folder / "convert.json",
+            out,
+            data_root=self.root,
+            nifti_dir=self.nifti,
+            store_dir=self.store,
+            context_nm=context_nm,
+            max_upsample=4,
+            workers=workers,
+        )
+        return json.loads(out.read_text())
+
+    def index(self):
+        path = self.folder / "chunks/index.json"
+        write_index([self.folder / "chunks/shard0.json"], self.folder / "statistics.json", path)
+        return path
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory):
+    return Run(tmp_path_factory.mktemp("chunks")).prepare()
+
+
+@pytest.fixture
+def run(converted, tmp_path):
+    """A copy of the converted challenge that a test may change."""
+    copy = Run.__new__(Run)
+    copy.__dict__.update(converted.__dict__)
+    shutil.copytree(converted.folder, tmp_path / "run", dirs_exist_ok=True)
+    copy.folder = tmp_path / "run"
+    copy.root, copy.nifti, copy.store = (copy.folder / part for part in ("data", "nifti", "chunks/store"))
+    return copy
+
+
+def nifti_of(run, crop):
+    return (
+        read_nifti(run.nifti / f"images/fly_{crop}_0000.nii.gz"),
+        read_nifti(run.nifti / f"labels/fly_{crop}.nii.gz"),
+    )
+
+
+def test_store_holds_the_nifti_with_em_context_and_unknown_labels_round_it(run):
+    run.chunk(context_nm=30.0)  # 3.75 voxels: rounded up to 4
+    store = Store(run.index(), classes=CLASSES, grid="8nm")
+    assert list(store.crops) == ["fly/crop1", "fly/crop2"]
+    for name, (offset, shape) in CROPS.items():
+        record = store.crops[f"fly/{name}"]
+        lower = [max(0, o - 4) for o in offset]
+        upper = [min(n, o + s + 4) for n, o, s in zip(run.em.shape, offset, shape, strict=True)]
+        np.testing.assert_array_equal(
+            store.image(f"fly/{name}"), run.em[tuple(map(slice, lower, upper))], err_msg="context from the EM"
+        )
+        assert record["label_offset"] == [o - lo for o, lo in zip(offset, lower, strict=True)]
+        assert record["label_shape"] == list(shape)
+        assert Lattice.from_dict(record["lattice"]).translation_nm == tuple(VOXEL * lo for lo in lower)
+        image, label = nifti_of(run, name)
+        box = tuple(slice(o, o + n) for o, n in zip(record["label_offset"], shape, strict=True))
+        np.testing.assert_array_equal(store.image(f"fly/{name}")[box], image)
+        expected = np.full(store.image(f"fly/{name}").shape, 255, np.uint8)
+        expected[box] = label
+        np.testing.assert_array_equal(store.label(f"fly/{name}"), expected)
+        assert record["has_positive"] == ["pm", "mito"]
+    lo, hi = store.normalisation["fly"]
+    images = np.concatenate([nifti_of(run, name)[0].ravel() for name in CROPS])
+    assert (lo, hi) == tuple(np.percentile(images, [0.5, 99.5]))
+
+
+def test_slabs_give_the_same_bytes_as_one_piece(run, monkeypatch):
+    run.chunk()
+    whole = {path.name: path.read_bytes() for path in run.store.glob("*.npy")}
+    shutil.rmtree(run.store)
+    monkeypatch.setattr(chunks, "EM_SLAB_VOXELS", 1500)
+    monkeypatch.setattr(chunks, "LABEL_SLAB_VOXELS", 700)
+    run.chunk()
+    assert {path.name: path.read_bytes() for path in run.store.glob("*.npy")} == whole
+
+
+def test_without_context_the_image_is_the_niftis(run):
+    shutil.rmtree(run.root)  # the EM is not needed
+    run.chunk(context_nm=0)
+    store = Store(run.index())
+    for name in CROPS:
+        image, label = nifti_of(run, name)
+        np.testing.assert_array_equal(store.image(f"fly/{name}"), image)
+        np.testing.assert_array_equal(store.label(f"fly/{name}"), label)
+        assert store.crops[f"fly/{name}"]["label_offset"] == [0, 0, 0]
+
+
+def test_context_that_is_not_on_disk_is_black_and_unknown(run):
+    shutil.rmtree(run.root / "fly/fly.zarr" / EM_PATH / "s0", ignore_errors=True)
+    em = run.em.copy()
+    write_image(run.root / "fly/fly.zarr" / EM_PATH, em, [VOXEL] * 3, [0.0] * 3, (8, 8, 8))
+    missing = run.root / "fly/fly.zarr" / EM_PATH / "s0"
+    (missing / "1.1.1").unlink()  # voxels 8..15: beside crop1, which begins at y 12, z 10, x 14
+    em[8:16, 8:16, 8:16] = 0
+    run.prepare()
+    run.chunk(context_nm=16)
+    store = Store(run.index())
+    np.testing.assert_array_equal(store.image("fly/crop1"), em[8:28, 10:28, 12:28])
+    assert (store.label("fly/crop1")[:6, :4, :2] == 255).all()
+
+
+def test_two_workers_write_the_same_store(run):
+    alone = run.chunk()
+    files = {path.name: path.read_bytes() for path in run.store.iterdir()}
+    shutil.rmtree(run.store)
+    assert run.chunk(workers=2) == alone
+    assert {path.name: path.read_bytes() for path in run.store.iterdir()} == files
+
+
+def test_files_of_the_same_input_are_left_alone_and_others_made_again(run):
+    run.chunk()
+    first = {path.name: path.stat().st_mtime_ns for path in run.store.iterdir()}
+    run.chunk()
+    assert {path.name: path.stat().st_mtime_ns for path in run.store.iterdir()} == first
+    (run.store / "fly_crop1_label.npy").write_bytes(b"")
+    run.chunk()
+    second = {path.name: path.stat().st_mtime_ns for path in run.store.iterdir()}
+    changed = {name for name in first if first[name] != second[name]}
+    assert changed == {f"fly_crop1{end}" for end in (".json", "_image.npy", "_label.npy", "_positions.npy")}
+    shapes = {record["crop"]: record["lattice"]["shape"] for record in run.chunk(context_nm=8)["records"]}
+    assert shapes["fly/crop1"] == [18, 16, 14]
+
+
+def test_em_that_was_fetched_later_is_noticed(run):
+    chunk = run.root / "fly/fly.zarr" / EM_PATH / "s0/0.0.0"  # only in the context of crop1
+    content = chunk.read_bytes()
+    chunk.unlink()
+    run.prepare()
+    before = run.chunk()["records"][0]
+    chunk.write_bytes(content)
+    run.prepare()
+    after = run.chunk()["records"][0]
+    assert before["files"]["image"]["sha256"] != after["files"]["image"]["sha256"]
+    np.testing.assert_array_equal(Store(run.index()).image("fly/crop1")[:2], run.em[6:8, 8:30, 10:30])
+
+
+def test_crops_that_are_not_kept_leave_the_store(run):
+    run.chunk()
+    (run.store / ".partial-0-fly_crop2_image.npy").write_bytes(b"abandoned")
+    run.judge(drop=["fly/crop2"])
+    assert [record["crop"] for record in run.chunk()["records"]] == ["fly/crop1"]
+    assert {path.name.split("_")[1].split(".")[0] for path in run.store.iterdir()} == {"crop1"}
+
+
+def test_crops_that_are_listed_nowhere_leave_the_store(run):
+    run.chunk()
+    for name in ("fly_crop7_image.npy", "fly_crop7.json", ".partial-0-fly_crop7_label.npy"):
+        (run.store / name).write_bytes(b"old")
+    index = run.index()
+    assert not list(run.store.glob("*crop7*"))
+    assert verify_store(index) == []
+
+
+@pytest.mark.parametrize("kind", ["images/fly_crop2_0000", "labels/fly_crop2"])
+@pytest.mark.parametrize("context_nm", [0, 32])
+def test_corrupted_nifti_fails_the_job_but_not_the_other_crops(run, kind, context_nm):
+    path = run.nifti / f"{kind}.nii.gz"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(CellmapError, match=rf"fly/crop2: .*{kind}\.nii\.gz: damaged.*-R convert"):
+        run.chunk(context_nm=context_nm)
+    assert (run.store / "fly_crop1.json").is_file()
+    assert not (run.folder / "chunks/shard0.json").exists()
+    assert not list(run.store.glob("*crop2*"))
+
+
+def test_full_disk_leaves_nothing_under_a_final_name_and_is_resumed(run, monkeypatch):
+    write, calls = np.lib.format.write_array_header_1_0, []
+
+    def full(stream, header):
+        calls.append(header)
+        if len(calls) == 2:  # the first crop's label map
+            raise OSError(28, "No space left on device")
+        write(stream, header)
+
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
+    with pytest.raises(CellmapError, match=r"fly/crop1: .*No space left on device"):
+        run.chunk()
+    assert not (run.store / "fly_crop1_label.npy").exists()
+    assert not (run.store / "fly_crop1.json").exists()
+    assert not list(run.store.glob(".partial*"))
+    monkeypatch.undo()
+    run.chunk()
+    assert verify_store(run.index()) == []
+
+
+def test_index_of_no_crops_says_where_to_look(run):
+    run.judge(drop=["fly/crop1", "fly/crop2"])
+    run.chunk()
+    with pytest.raises(DataError, match="no crop passed the quality check"):
+        run.index()
+
+
+def test_statistics_of_another_run_are_refused(run):
+    run.chunk()
+    (run.folder / "statistics.json").write_text('{"datasets": {}}')
+    with pytest.raises(ContractError, match="no statistics of fly"):
+        run.index()
+
+
+# NIfTI in slabs
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_nifti_slabs_are_the_volume(tmp_path, monkeypatch, dtype):
+    volume = np.random.default_rng(1).integers(0, np.iinfo(dtype).max, (9, 5, 7)).astype(dtype)
+    write_nifti(tmp_path / "v.nii.gz", volume, Lattice((8, 8, 8), (0, 0, 0), volume.shape))
+    monkeypatch.setattr(chunks, "EM_SLAB_VOXELS", 80)
+    slabs = list(nifti_slabs(tmp_path / "v.nii.gz", volume.shape))
+    assert [len(slab) for slab in slabs] == [2, 2, 2, 2, 1]
+    np.testing.assert_array_equal(np.concatenate(slabs), volume)
+    with pytest.raises(ContractError, match=r"v\.nii\.gz: shape \(9, 5, 7\), expected \(9, 5, 8\)"):
+        list(nifti_slabs(tmp_path / "v.nii.gz", (9, 5, 8)))
+
+
+DAMAGES = {
+    "header": lambda content: content[:40],
+    "half": lambda content: content[: len(content) // 2],
+    "not gzip": lambda content: b"no gzip" + content,
+    "empty": lambda content: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_nifti_is_named(tmp_path, damage):
+    path = tmp_path / "v.nii.gz"
+    volume = np.random.default_rng(1).integers(0, 255, (9, 15, 17)).astype(np.uint8)
+    write_nifti(path, volume, Lattice((8, 8, 8), (0, 0, 0), volume.shape))
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    with pytest.raises(ContractError, match=r"v\.nii\.gz: .*-R convert"):
+        list(nifti_slabs(path, volume.shape))
+
+
+# sampled positions
+
+TABLE = np.full((256, 3), 2, np.uint8)
+TABLE[:5] = [[0, 0, 2], [1, 0, 0], [0, 1, 0], [2, 2, 1], [1, 1, 2]]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    hnp.arrays(np.uint8, st.tuples(*[st.integers(1, 6)] * 3), elements=st.sampled_from([0, 1, 2, 3, 4, 255])),
+    st.integers(1, 40),
+    st.integers(1, 40),
+)
+def test_positions_are_distinct_voxels_of_their_class(label, per_class, known):
+    positions = sample_positions(label, TABLE, seed=3, per_class=per_class, known=known)
+    assert positions.dtype == np.int32
+    states = TABLE[label]
+    for column in (-1, 0, 1, 2):
+        found = positions[positions[:, 0] == column, 1:]
+        member = (states != 2).any(axis=-1) if column < 0 else states[..., column] == 1
+        assert len(found) == min(known if column < 0 else per_class, member.sum())
+        assert len(np.unique(found, axis=0)) == len(found)
+        assert member[tuple(found.T)].all()
+    np.testing.assert_array_equal(positions, sample_positions(label, TABLE, seed=3, per_class=per_class, known=known))
+
+
+def test_positions_are_drawn_evenly_over_the_voxels_of_a_class():
+    label = np.zeros((10, 10, 10), np.uint8)
+    label[:, :, 5:] = 1
+    label[5:] = np.where(label[5:] == 1, 4, label[5:])
+    hits = np.zeros(label.shape, int)
+    for seed in range(400):
+        found = sample_positions(label, TABLE, seed=seed, per_class=50, known=1)
+        np.add.at(hits, tuple(found[found[:, 0] == 0, 1:].T), 1)
+    drawn = hits[np.isin(label, [1, 4])]
+    assert drawn.sum() == 400 * 50
+    # 500 voxels, each drawn 40 times on average: binomial, standard deviation 6
+    assert 36 < hits[:5][label[:5] == 1].mean() < 44
+    assert drawn.min() > 15
+    assert drawn.max() < 70
+
+
+def test_uint16_label_maps_use_rows_beyond_255():
+    table = np.full((300, 2), 2, np.uint8)
+    table[280] = [1, 0]
+    label = np.full((3, 3, 3), 255, np.uint16)
+    label[1, 2, 0] = 280
+    assert sample_positions(label, table, seed=0).tolist() == [[-1, 1, 2, 0], [0, 1, 2, 0]]

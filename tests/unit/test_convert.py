@@ -1,0 +1,303 @@
+import gzip
+import hashlib
+import json
+import shutil
+
+import nibabel
+import numpy as np
+import pytest
+
+from cellmap_pipe.errors import CellmapError, ConfigError, ContractError
+from cellmap_pipe.files import digest
+from cellmap_pipe.geometry import Lattice
+from cellmap_pipe.prepare import convert
+from cellmap_pipe.prepare.convert import bulk_paths, convert_shard, read_nifti, shard_of, write_nifti
+from cellmap_pipe.prepare.crops import write_crops
+from cellmap_pipe.prepare.labels import decode_table
+
+CLASSES = ["pm", "mito", "nuc"]
+RNG = np.random.default_rng(3)
+EM = RNG.integers(60, 200, (24, 24, 24)).astype(np.uint8)
+LABELS = RNG.integers(0, 2, (16, 16, 16)).astype(np.uint8)
+
+
+@pytest.fixture
+def project(tmp_path, ngff):
+    """A dataset with EM of 8 nm and three crops of 4 nm labels, and a function that converts it."""
+    zarr_root = tmp_path / "data/jrc_a/jrc_a.zarr"
+    ngff(zarr_root / "em", EM, (8, 8, 8), (0, 0, 0), levels=2)
+    for number, offset in ((1, 0), (2, 64), (3, 0)):
+        for name in ("pm", "nuc"):
+            volume = LABELS if name == "pm" else np.zeros_like(LABELS)
+            ngff(zarr_root / f"gt/crop{number}" / name, volume, (4, 4, 4), [offset - 2] * 3)
+    return Project(tmp_path)
+
+
+class Project:
+    def __init__(self, folder):
+        self.folder, self.gt, self.nifti = folder, folder / "data/jrc_a/jrc_a.zarr/gt", folder / "nifti"
+
+    def crop(self, number):
+        return self.gt / f"crop{number}"
+
+    def convert(self, **changes):
+        data = {"root": str(self.folder / "data"), "labels_path": "gt", "em_path": "em", "crops": None}
+        write_crops(data, self.folder / "crops.csv")
+        arguments = {
+            "data_root": data["root"],
+            "shard": 0,
+            "shards": 1,
+            "grid_name": "8nm",
+            "voxel_nm": [8, 8, 8],
+            "classes": CLASSES,
+            "labels": {"empty": "absent"},
+            "max_upsample": 4,
+            "nifti_dir": self.nifti,
+            "workers": 1,
+        } | changes
+        convert_shard(self.folder / "crops.csv", self.folder / "shard.json", **arguments)
+        contract = json.loads((self.folder / "shard.json").read_text())
+        return {record["crop"].split("/")[1]: record for record in contract["records"]}
+
+    def files(self):
+        return {str(p.relative_to(self.nifti)): p.read_bytes() for p in sorted(self.nifti.rglob("*")) if p.is_file()}
+
+
+def test_a_crop_becomes_an_aligned_pair_and_a_record(project):
+    record = project.convert()["crop1"]
+    assert record["status"] == "ok" and record["em_level"] == {
+        "path": "s0",
+        "voxel_nm": [8, 8, 8],
+        "factors": [1, 1, 1],
+    }
+    assert record["lattice"] == {"voxel_nm": [8, 8, 8], "translation_nm": [0, 0, 0], "shape": [8, 8, 8]}
+    assert record["annotated"] == ["pm", "nuc"] and record["label_dtype"] == "uint8"
+    paths = bulk_paths(project.nifti, "jrc_a/crop1")
+    assert np.array_equal(read_nifti(paths["image"]), EM[:8, :8, :8])
+    table = decode_table(record["table"], 3)
+    state = table[read_nifti(paths["label"])]
+    half = LABELS.reshape(8, 2, 8, 2, 8, 2).mean(axis=(1, 3, 5)) >= 0.5
+    assert np.array_equal(state[..., 0], half.astype(np.uint8))
+    assert np.array_equal(state[..., 1], np.where(half, 0, 2)) and not state[..., 2].any()
+    n = int(half.sum())
+    assert record["counts"]["mito"] == {"present": 0, "absent": n, "unknown": 512 - n}
+    assert record["source_counts"]["pm"] == {
+        "present": int(LABELS.sum()),
+        "absent": int((1 - LABELS).sum()),
+        "unknown": 0,
+    }
+    assert sum(record["em_stats"]["histogram"]) == 512 and record["em_valid_fraction"] == 1
+    assert record["em_stats"]["mean"] == pytest.approx(EM[:8, :8, :8].mean(), abs=1e-4)
+    assert json.loads(paths["record"].read_text()) == record
+
+
+def test_nifti_readers_see_x_first_and_nanometres_in_the_affine(tmp_path):
+    volume = np.arange(2 * 3 * 4, dtype=np.uint16).reshape(2, 3, 4)
+    write_nifti(tmp_path / "a.nii.gz", volume, Lattice((2.62, 2, 4), (23837.13, 7599, 35999), volume.shape))
+    image = nibabel.load(tmp_path / "a.nii.gz")
+    assert np.array_equal(np.asarray(image.dataobj), volume.T) and image.get_data_dtype() == np.uint16
+    expected = np.diag([4, 2, 2.62, 1])
+    expected[:3, 3] = [35999, 7599, 23837.13]
+    assert image.affine == pytest.approx(expected) and image.header.get_xyzt_units() == ("unknown", "unknown")
+    assert b"units nm" in bytes(image.header["descrip"])
+    assert np.array_equal(read_nifti(tmp_path / "a.nii.gz"), volume)
+
+
+def test_converting_again_gives_the_same_bytes_by_any_number_of_workers(project):
+    project.convert()
+    first, contract = project.files(), (project.folder / "shard.json").read_bytes()
+    assert contract.count(b"time") == 0
+    shutil.rmtree(project.nifti)
+    project.convert(workers=2)
+    assert project.files() == first and (project.folder / "shard.json").read_bytes() == contract
+
+
+def test_the_results_of_this_version_are_pinned(project):
+    """Library code triggers no rerun: whoever changes a result here raises RESULT_VERSION and pins the new digest."""
+    record = project.convert()["crop2"]
+    paths = bulk_paths(project.nifti, "jrc_a/crop2")
+    content = read_nifti(paths["image"]).tobytes() + read_nifti(paths["label"]).tobytes()
+    pinned = {1: "bc03f758d168b383"}
+    assert (
+        digest([hashlib.sha256(content).hexdigest(), record["table"], record["counts"]])[:16]
+        == (pinned[convert.RESULT_VERSION])
+    )
+
+
+def test_only_what_is_missing_or_changed_is_converted(project, ngff, monkeypatch):
+    project.convert()
+    converted = []
+    original = convert.build_label_map
+    monkeypatch.setattr(
+        convert,
+        "build_label_map",
+        lambda labels, *a, **k: converted.append(labels[0].level.path) or original(labels, *a, **k),
+    )
+    project.convert()
+    assert converted == []
+    bulk_paths(project.nifti, "jrc_a/crop1")["label"].unlink()
+    ngff(project.crop(2) / "mito", LABELS[::-1].copy(), (4, 4, 4), [62] * 3)
+    (project.crop(3) / "pm/s0/0/0/0").write_bytes((project.crop(3) / "pm/s0/1/0/0").read_bytes())
+    project.convert()
+    assert sorted(path.split("/")[-3] for path in converted) == ["crop1", "crop2", "crop3"]
+    converted.clear()
+    project.convert(max_upsample=3)
+    assert len(converted) == 3
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def wrong_dtype(path, ngff):
+    shutil.rmtree(path)
+    ngff(path, LABELS.astype(np.float32), (4, 4, 4), (0, 0, 0))
+
+
+@pytest.mark.parametrize(
+    "harm,cause",
+    [
+        (lambda crop, ngff: truncate(crop / "pm/s0/1/0/1"), "crop2/pm/s0/1/0/1: damaged chunk"),
+        (lambda crop, ngff: (crop / "pm/.zattrs").unlink(), "crop2/pm: no .zattrs"),
+        (lambda crop, ngff: wrong_dtype(crop / "nuc", ngff), "crop2/nuc/s0: labels of dtype float32"),
+        (lambda crop, ngff: [shutil.rmtree(crop / name) for name in ("pm", "nuc")], "nothing annotated"),
+        (lambda crop, ngff: (crop / "nuc/s0/.zarray").write_text("{"), "nuc/s0/.zarray: cannot be read as JSON"),
+    ],
+)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bad_crop_is_recorded_and_the_others_go_on(project, ngff, harm, cause, workers):
+    project.convert()  # a good pair is there already: it must not outlive the fault
+    harm(project.crop(2), ngff)
+    records = project.convert(workers=workers)
+    assert {name: record["status"] for name, record in records.items()} == {
+        "crop1": "ok",
+        "crop2": "failed",
+        "crop3": "ok",
+    }
+    assert cause in records["crop2"]["cause"] and "\n" not in records["crop2"]["cause"]
+    assert records["crop2"]["files"] == {}
+    left = [name for name in project.files() if "crop2" in name]
+    assert left == ["records/jrc_a_crop2.json"] and not any(".partial" in name for name in project.files())
+
+
+def test_missing_and_damaged_em_fail_their_crops_only(project, tmp_path):
+    truncate(tmp_path / "data/jrc_a/jrc_a.zarr/em/s0/1/1/1")
+    records = project.convert()
+    assert records["crop1"]["status"] == "ok" and "em/s0/1/1/1: damaged chunk" in records["crop2"]["cause"]
+    shutil.rmtree(tmp_path / "data/jrc_a/jrc_a.zarr/em")
+    records = project.convert()
+    assert all("no such image group" in record["cause"] for record in records.values())
+    assert records["crop1"]["label_lattice"]["shape"] == [16, 16, 16]
+
+
+def test_em_that_was_not_downloaded_leaves_everything_unknown(project, tmp_path):
+    for level in ("s0", "s1"):
+        shutil.rmtree(tmp_path / f"data/jrc_a/jrc_a.zarr/em/{level}/0")
+    record = project.convert()["crop1"]
+    assert record["status"] == "ok" and record["em_valid_fraction"] == 0 and record["em_inside_fraction"] == 1
+    assert record["counts"]["pm"] == {"present": 0, "absent": 0, "unknown": 512}
+    assert record["source_counts"]["pm"]["present"] == int(LABELS.sum())
+    assert record["em_stats"]["max"] == 0 and sum(record["em_stats"]["histogram"]) == 0
+
+
+def test_a_label_box_beyond_the_em_is_unknown_there(project, ngff):
+    ngff(project.crop(4) / "pm", np.ones((16, 16, 16), np.uint8), (4, 4, 4), (-2, -2, 158))
+    record = project.convert()["crop4"]
+    assert record["em_inside_fraction"] == record["em_valid_fraction"] == 0.5
+    assert record["counts"]["pm"] == {"present": 256, "absent": 0, "unknown": 256}
+
+
+def test_empty_arrays_are_absent_or_unknown_as_set(project):
+    assert project.convert()["crop1"]["counts"]["nuc"]["absent"] == 512
+    unknown = project.convert(labels={"empty": "absent", "empty_by_crop": {"jrc_a/crop1": "unknown"}})
+    assert unknown["crop1"]["annotated"] == ["pm"] and unknown["crop3"]["annotated"] == ["pm", "nuc"]
+    assert unknown["crop1"]["source_counts"]["nuc"] == {"present": 0, "absent": 0, "unknown": 4096}
+    assert unknown["crop1"]["counts"]["nuc"]["unknown"] > 0
+    by_class = project.convert(labels={"empty": "unknown", "empty_by_class": {"nuc": "absent"}})
+    assert all(record["annotated"] == ["pm", "nuc"] for record in by_class.values())
+
+
+def test_a_class_that_is_not_configured_still_excludes(project):
+    records = project.convert(classes=["ecs"])
+    assert records["crop1"]["annotated"] == ["pm", "nuc"] and records["crop1"]["counts"]["ecs"]["absent"] > 0
+    assert set(project.convert(classes=["nuc"])["crop1"]["source_counts"]) == {"nuc"}
+
+
+def test_the_native_grid_is_the_labels_own(project):
+    record = project.convert(grid_name="native", voxel_nm="native")["crop1"]
+    assert record["lattice"] == record["label_lattice"] and record["em_level"]["factors"] == [0.5] * 3
+    with pytest.raises(ConfigError, match=r"grids\.x\.voxel_nm: 'fine'"):
+        project.convert(grid_name="x", voxel_nm="fine")
+
+
+def test_a_grid_too_fine_for_the_data_fails_with_the_reason(project):
+    records = project.convert(voxel_nm=[1, 1, 1])
+    assert all("would be upsampled 8.00 times" in record["cause"] for record in records.values())
+
+
+def test_every_crop_has_one_owner_that_deletes_what_is_no_longer_listed(project):
+    shards = 3
+    for shard in range(shards):
+        project.convert(shard=shard, shards=shards)
+    owner = shard_of("jrc_a/crop2", shards)
+    assert len([name for name in project.files() if "crop2" in name]) == 3
+    shutil.rmtree(project.crop(2))
+    stale = project.nifti / "images/.partial-0123abc-jrc_a_crop2_0000.nii.gz"
+    stale.write_bytes(b"half")
+    project.convert(shard=(owner + 1) % shards, shards=shards)
+    assert stale.exists() and len([name for name in project.files() if "crop2" in name]) == 4
+    project.convert(shard=owner, shards=shards)
+    assert not any("crop2" in name for name in project.files())
+    assert len(project.files()) == 6
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_fault_of_the_environment_is_raised_after_the_others_have_finished(project, monkeypatch, workers):
+    def full(path, *arguments):
+        if "crop1" in str(path):
+            raise OSError(28, "No space left on device")
+        return write_nifti(path, *arguments)
+
+    monkeypatch.setattr(convert, "write_nifti", full)
+    with pytest.raises(CellmapError, match=r"jrc_a/crop1: OSError: .*No space left"):
+        project.convert(workers=workers)
+    assert not (project.folder / "shard.json").exists()
+    assert {name for name in project.files() if name.startswith("records")} == {
+        "records/jrc_a_crop2.json",
+        "records/jrc_a_crop3.json",
+    }
+
+
+def flip(content):
+    harmed = bytearray(content)
+    harmed[len(harmed) // 2] ^= 0xFF
+    return bytes(harmed)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda c: c[:-9],
+        lambda c: c[:100],
+        lambda c: b"",
+        lambda c: b"not a gzip file",
+        flip,
+        lambda c: gzip.compress(gzip.decompress(c)[:-1]),
+        lambda c: gzip.compress(gzip.decompress(c) + b"x"),
+        lambda c: gzip.compress(b"\0" * 400),
+    ],
+)
+def test_a_corrupt_nifti_is_named_with_the_remedy(tmp_path, harm):
+    path = tmp_path / "a.nii.gz"
+    write_nifti(path, EM, Lattice((8, 8, 8), (0, 0, 0), EM.shape))
+    path.write_bytes(harm(path.read_bytes()))
+    with pytest.raises(ContractError, match=r"a\.nii\.gz: .*-R convert"):
+        read_nifti(path)
+
+
+def test_a_missing_nifti_or_another_dtype_is_named(tmp_path):
+    with pytest.raises(ContractError, match="nowhere"):
+        read_nifti(tmp_path / "nowhere.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(np.zeros((2, 2, 2), np.float32), np.eye(4)), tmp_path / "f.nii.gz")
+    with pytest.raises(ContractError, match="dtype float32"):
+        read_nifti(tmp_path / "f.nii.gz")

@@ -1,0 +1,355 @@
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cellmap_pipe.classes import CLASSES, contains, disjoint
+from cellmap_pipe.errors import DataError, GeometryError
+from cellmap_pipe.geometry import Lattice
+from cellmap_pipe.prepare import labels as labels_module
+from cellmap_pipe.prepare.labels import (
+    ABSENT,
+    PRESENT,
+    TIED,
+    UNKNOWN,
+    UNKNOWN_ROW,
+    build_label_map,
+    combine,
+    count_states,
+    decode_table,
+    encode_table,
+    infer_states,
+    is_empty,
+    label_states,
+    read_label,
+    settle_ties,
+    standard_rows,
+)
+
+FOURTEEN = (
+    "ecs pm mito_mem mito_lum mito_ribo golgi_mem golgi_lum ves_mem ves_lum endo_mem endo_lum er_mem er_lum nuc".split()
+)
+few = settings(max_examples=30, deadline=None, derandomize=True)
+
+
+def annotation(kind=None, name="pm", **counts):
+    content = {"class_name": name}
+    if kind:
+        encoding = {"absent": 0, "unknown": 255} | ({"present": 1} if kind == "semantic" else {})
+        content["annotation_type"] = {"type": f"{kind}_segmentation", "encoding": encoding}
+    if counts:
+        content["complement_counts"] = counts
+    return {"cellmap": {"annotation": content}}
+
+
+# --- states of stored values
+
+
+def test_semantic_values_are_absent_present_or_unknown():
+    states, counts = label_states(np.array([0, 1, 255, 7], np.uint8), annotation("semantic"))
+    assert states.tolist() == [ABSENT, PRESENT, UNKNOWN, PRESENT]
+    assert counts == {"present": 2, "absent": 1, "unknown": 1}
+
+
+@pytest.mark.parametrize("unknown,state", [(0, PRESENT), (3, UNKNOWN)])
+def test_255_is_an_ordinary_id_unless_some_voxels_are_said_to_be_unknown(unknown, state):
+    values = np.array([0, 1, 255, 256], np.uint16)
+    states, _ = label_states(values, annotation("instance", "mito", absent=1, unknown=unknown))
+    assert states.tolist() == [ABSENT, PRESENT, state, PRESENT]
+
+
+def test_missing_metadata_leave_the_kind_to_the_class():
+    values = np.array([0, 255], np.uint8)
+    assert label_states(values, annotation(name="pm"))[0].tolist() == [ABSENT, UNKNOWN]
+    assert label_states(values, annotation(name="mito"))[0].tolist() == [ABSENT, PRESENT]
+    assert label_states(values, {})[0].tolist() == [ABSENT, UNKNOWN]
+
+
+def test_another_unknown_value_is_taken_from_the_encoding():
+    attributes = annotation("semantic")
+    attributes["cellmap"]["annotation"]["annotation_type"]["encoding"]["unknown"] = 2
+    assert label_states(np.array([2, 255, 1], np.uint8), attributes)[0].tolist() == [UNKNOWN, PRESENT, PRESENT]
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.uint8, np.int64, np.uint64])
+def test_every_integer_dtype_and_bool_is_read(dtype):
+    assert label_states(np.array([0, 1], dtype), {})[0].tolist() == [ABSENT, PRESENT]
+
+
+def test_other_dtypes_and_negative_values_are_refused():
+    with pytest.raises(DataError, match="dtype float32"):
+        label_states(np.zeros(3, np.float32), {})
+    with pytest.raises(DataError, match="negative value -4"):
+        label_states(np.array([0, -4], np.int16), {})
+
+
+# --- what states of some classes say of others
+
+
+def states_of(own, classes):
+    return dict(
+        zip(classes, infer_states(np.array([list(own.values())], np.uint8), list(own), classes)[0], strict=True)
+    )
+
+
+def test_a_present_class_makes_disjoint_ones_absent_and_groups_around_it_present():
+    got = states_of({"mito_mem": PRESENT}, ["pm", "mito_mem", "mito_lum", "mito", "cell", "er", "nuc"])
+    assert got == {"pm": 0, "mito_mem": 1, "mito_lum": 0, "mito": 1, "cell": 1, "er": 0, "nuc": 0}
+
+
+def test_an_absent_group_makes_its_parts_absent_and_says_nothing_else():
+    got = states_of({"mito": ABSENT}, ["pm", "mito", "mito_mem", "cell"])
+    assert got == {"pm": UNKNOWN, "mito": 0, "mito_mem": 0, "cell": UNKNOWN}
+
+
+def test_a_present_group_leaves_its_parts_unknown():
+    got = states_of({"mito": PRESENT}, ["pm", "mito", "mito_mem", "mito_lum"])
+    assert got == {"pm": 0, "mito": 1, "mito_mem": UNKNOWN, "mito_lum": UNKNOWN}
+
+
+def test_a_group_whose_parts_are_all_absent_is_absent():
+    own = {"mito_mem": ABSENT, "mito_lum": ABSENT}
+    assert states_of(own, ["mito"]) == {"mito": UNKNOWN}
+    assert states_of(own | {"mito_ribo": ABSENT}, ["mito"]) == {"mito": ABSENT}
+
+
+def test_a_class_of_its_own_always_wins_and_overlaps_stay():
+    assert states_of({"pm": PRESENT, "ecs": PRESENT}, ["pm", "ecs"]) == {"pm": 1, "ecs": 1}
+    assert states_of({"mito": ABSENT, "mito_mem": PRESENT}, ["mito", "mito_mem"]) == {"mito": 0, "mito_mem": 1}
+
+
+def test_only_unknown_voxels_of_an_annotated_class_are_filled():
+    assert states_of({"pm": PRESENT, "ecs": UNKNOWN}, ["pm", "ecs"]) == {"pm": 1, "ecs": 0}
+    assert states_of({"pm": ABSENT, "ecs": UNKNOWN}, ["pm", "ecs"]) == {"pm": 0, "ecs": UNKNOWN}
+
+
+def worlds_allow(own, name):
+    """Reference: the states of `name` in all worlds of one atom per voxel that agree with what is known."""
+    atoms = [entry.id for entry in CLASSES.values() if entry.is_atom]
+    fits = [a for a in atoms if all(s == UNKNOWN or (a in CLASSES[n].atoms) == (s == PRESENT) for n, s in own.items())]
+    return {a in CLASSES[name].atoms for a in fits}
+
+
+@few
+@given(
+    st.dictionaries(st.sampled_from(list(CLASSES)), st.sampled_from([ABSENT, PRESENT, UNKNOWN]), min_size=1, max_size=6)
+)
+def test_inference_agrees_with_every_possible_world(own):
+    for name, state in states_of(own, list(CLASSES)).items():
+        worlds = worlds_allow(own, name)
+        if not worlds:  # the source contradicts itself: only the class's own array counts
+            assert own.get(name, UNKNOWN) in (UNKNOWN, state)
+        elif state == UNKNOWN:
+            assert worlds == {True, False} or PRESENT in own.values() or worlds == {True}
+        else:
+            assert worlds == {state == PRESENT}
+
+
+# --- the state table
+
+
+def test_fourteen_annotated_classes_give_the_usual_labels():
+    rows = standard_rows(FOURTEEN, FOURTEEN)
+    assert np.array_equal(rows, np.concatenate([np.zeros((1, 14)), np.eye(14)]))
+
+
+def test_standard_rows_of_a_partly_annotated_crop():
+    classes = ["pm", "mito", "mito_mem", "mito_lum", "nuc", "cell"]
+    rows = standard_rows(["mito", "mito_lum", "nuc"], classes)
+    golden = {
+        #       pm mito mem lum nuc cell
+        0: [2, 0, 0, 0, 0, 2],
+        1: [1, 0, 0, 0, 0, 1],  # pm is present: all that is disjoint from it is absent
+        2: [0, 1, 2, 0, 0, 1],  # mito: its annotated part is absent here, the other one unknown
+        3: [0, 1, 1, 0, 0, 1],  # mito_mem
+        4: [0, 1, 0, 1, 0, 1],  # mito_lum
+        5: [0, 0, 0, 0, 1, 1],  # nuc
+        6: [2, 0, 0, 0, 0, 1],  # cell: contains everything here
+    }
+    assert {i: row.tolist() for i, row in enumerate(rows)} == golden
+
+
+def test_tables_survive_json_and_unused_rows_are_unknown():
+    table = np.full((300, 3), UNKNOWN, np.uint8)
+    table[:4] = [[0, 0, 2], [1, 0, 2], [0, 1, 2], [0, 0, 1]]
+    table[299] = [1, 1, 0]
+    encoded = encode_table(table, [0, 1, 299])
+    assert encoded == {"0": "002", "1": "102", "2": "012", "3": "001", "255": "222", "299": "110"}
+    assert np.array_equal(decode_table(encoded, 3), table)
+    assert decode_table({}, 3).shape == (256, 3) and (decode_table({}, 3) == UNKNOWN).all()
+
+
+def test_combinations_are_found_without_sorting():
+    rng = np.random.default_rng(0)
+    volumes = [rng.integers(0, 3, (4, 5, 6)).astype(np.uint8) for _ in range(5)]
+    volumes.insert(2, np.full((4, 5, 6), 2, np.uint8))
+    codes, rows, counts = combine(iter(volumes), (4, 5, 6), base=3)
+    assert np.array_equal(rows[codes], np.stack(volumes, axis=-1))
+    assert len(np.unique(rows, axis=0)) == len(rows) and counts.tolist() == np.bincount(codes.ravel()).tolist()
+
+
+def test_of_two_classes_that_tie_the_rarer_one_gets_the_voxel():
+    own = np.array(
+        [[TIED, TIED, ABSENT], [TIED, ABSENT, ABSENT], [TIED, PRESENT, ABSENT], [TIED, TIED, TIED]], np.uint8
+    )
+    settled = settle_ties(own, ["mito_lum", "mito_mem", "mito"], {"mito_lum": 900, "mito_mem": 100, "mito": 1000})
+    assert settled.tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 0], [0, 1, 1]]
+
+
+# --- crops
+
+
+def write_crop(ngff, folder, volumes, voxel=(4, 4, 4), translation=(0, 0, 0), kinds=None):
+    """Write class arrays and return them as `read_label` finds them."""
+    for name, volume in volumes.items():
+        kind = (kinds or {}).get(name, "semantic")
+        content = annotation(kind, name, unknown=int((volume == 255).sum()))["cellmap"]["annotation"]
+        ngff(folder / name, volume, voxel, translation, annotation=content)
+    return [read_label(folder / name) for name in volumes]
+
+
+def blob(shape, lower, upper, value=1):
+    volume = np.zeros(shape, np.uint8)
+    volume[tuple(slice(a, b) for a, b in zip(lower, upper, strict=True))] = value
+    return volume
+
+
+def test_a_crop_on_its_own_grid_becomes_a_label_map(tmp_path, ngff):
+    shape = (9, 10, 11)
+    mito, mem = blob(shape, (2, 2, 2), (6, 6, 6)), blob(shape, (2, 2, 2), (6, 6, 3))
+    mem[8, 8, 8] = 255
+    pm = blob(shape, (0, 0, 0), (9, 10, 1))
+    pm[3, 3, 3] = 1  # overlaps mito
+    crop = write_crop(ngff, tmp_path, {"pm": pm, "mito_mem": mem, "mito": mito})
+    classes = ["pm", "mito_mem", "mito_lum", "mito"]
+    target = crop[0].level.lattice
+    result = build_label_map(crop, target, classes, valid=None, max_upsample=1)
+    state = result.table[result.rows]
+    assert result.rows.dtype == np.uint8
+    assert state[0, 0, 0].tolist() == [1, 0, 0, 0] and result.rows[0, 0, 0] == 1
+    assert state[2, 2, 2].tolist() == [0, 1, 0, 1] and result.rows[2, 2, 2] == 2
+    assert state[2, 2, 5].tolist() == [0, 0, 2, 1] and result.rows[2, 2, 5] == 4
+    assert state[8, 0, 8].tolist() == [0, 0, 0, 0] and result.rows[8, 0, 8] == 0
+    assert state[8, 8, 8].tolist() == [0, 0, 0, 0]  # mito is absent there, so its membrane is
+    assert state[3, 3, 3].tolist() == [1, 0, 0, 1] and result.rows[3, 3, 3] == 5
+    assert result.overlaps == {"pm+mito": 1} and result.contradictions == []
+    assert result.source_counts["mito_mem"] == {"present": 16, "absent": 990 - 17, "unknown": 1}
+    counts = count_states(result.rows, result.table, classes)
+    assert counts["mito_lum"] == {"present": 0, "absent": 990 - 47, "unknown": 47}
+
+
+def test_contradictions_between_group_and_parts_are_counted(tmp_path, ngff):
+    shape = (4, 4, 4)
+    parts = {name: blob(shape, (0, 0, 0), (1, 1, 2)) for name in ("golgi_mem", "golgi_lum")}
+    crop = write_crop(ngff, tmp_path, {**parts, "golgi": blob(shape, (0, 0, 1), (1, 1, 4))})
+    result = build_label_map(crop, crop[0].level.lattice, ["golgi"], valid=None, max_upsample=1)
+    assert result.contradictions == [
+        "golgi_mem is marked in 1 voxels where golgi is absent",
+        "golgi_lum is marked in 1 voxels where golgi is absent",
+        "golgi is marked in 2 voxels where all of its parts are absent",
+    ]
+
+
+def test_voxels_without_em_are_unknown_for_every_class(tmp_path, ngff):
+    crop = write_crop(ngff, tmp_path, {"pm": blob((4, 4, 4), (0, 0, 0), (4, 4, 2))})
+    valid = np.ones((4, 4, 4), bool)
+    valid[:, 0] = False
+    result = build_label_map(crop, crop[0].level.lattice, ["pm", "ecs"], valid=valid, max_upsample=1)
+    assert (result.rows[:, 0] == UNKNOWN_ROW).all() and (result.table[UNKNOWN_ROW] == UNKNOWN).all()
+    assert count_states(result.rows, result.table, ["pm", "ecs"])["pm"] == {"present": 24, "absent": 24, "unknown": 16}
+    assert result.source_counts["pm"] == {"present": 32, "absent": 32, "unknown": 0}
+
+
+def test_more_combinations_than_a_byte_holds_need_two(tmp_path, ngff):
+    names = FOURTEEN[:9]
+    bits = np.arange(512).reshape(8, 8, 8)
+    crop = write_crop(ngff, tmp_path, {name: ((bits >> k) & 1).astype(np.uint8) for k, name in enumerate(names)})
+    result = build_label_map(crop, crop[0].level.lattice, names, valid=None, max_upsample=1)
+    assert result.rows.dtype == np.uint16 and not (result.rows == UNKNOWN_ROW).any()
+    expected = (bits[..., None] >> np.arange(9)) & 1
+    assert np.array_equal(result.table[result.rows], expected)
+    again = decode_table(encode_table(result.table, np.unique(result.rows)), 9)
+    assert np.array_equal(again[result.rows], expected)
+
+
+def dense_majority(states, source, target):
+    """The definition: the state with the most volume of the target voxel inside the label box, present if they tie."""
+    result = np.full(target.shape, UNKNOWN, np.uint8)
+    for index in product(*map(range, target.shape)):
+        shares, half = np.zeros(3), True
+        spans = []
+        for axis, i in enumerate(index):
+            size = source.voxel_nm[axis]
+            lo = (target.lower_nm[axis] + i * target.voxel_nm[axis] - source.lower_nm[axis]) / size
+            hi = lo + target.voxel_nm[axis] / size
+            spans.append([max(0.0, min(hi, j + 1) - max(lo, j)) for j in range(source.shape[axis])])
+            half &= sum(spans[-1]) >= 0.5 * (hi - lo) - 1e-6
+        if not half:
+            continue
+        for j in product(*(np.flatnonzero(s) for s in spans)):
+            shares[states[j]] += spans[0][j[0]] * spans[1][j[1]] * spans[2][j[2]]
+        shares /= shares.sum()
+        rank = [PRESENT, UNKNOWN, ABSENT]
+        result[index] = max(rank, key=lambda s: (round(shares[s], 3), -rank.index(s)))
+    return result
+
+
+GRIDS = st.sampled_from([2.0, 3.0, 4.0, 5.5, 8.0, 12.0])
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.tuples(GRIDS, GRIDS, GRIDS), st.integers(0, 2**31), st.sampled_from([40, 8 * 1024**2]))
+def test_the_state_that_covers_most_of_a_voxel_wins(tmp_path_factory, ngff, voxel, seed, budget):
+    rng = np.random.default_rng(seed)
+    volume = rng.choice(np.array([0, 1, 255], np.uint8), (6, 7, 5), p=[0.5, 0.35, 0.15])
+    crop = write_crop(ngff, tmp_path_factory.mktemp("crop"), {"pm": volume}, (4, 4, 4), (3, 1, 0))
+    source = crop[0].level.lattice
+    target = Lattice.covering(source.lower_nm, source.upper_nm, voxel)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(labels_module, "SLAB_VOXELS", budget)
+        result = build_label_map(crop, target, ["pm"], valid=None, max_upsample=2)
+    states, counts = label_states(volume, crop[0].attributes)
+    assert np.array_equal(result.table[result.rows][..., 0], dense_majority(states, source, target))
+    assert result.source_counts == {"pm": counts}
+
+
+def test_a_membrane_one_voxel_thick_survives_halving(tmp_path, ngff):
+    shape = (8, 8, 8)
+    lumen, membrane = blob(shape, (0, 0, 0), (8, 8, 3)), blob(shape, (0, 0, 3), (8, 8, 4))
+    crop = write_crop(ngff, tmp_path, {"mito_lum": lumen, "mito_mem": membrane})
+    source = crop[0].level.lattice
+    target = Lattice.covering(source.lower_nm, source.upper_nm, (8, 8, 8))
+    result = build_label_map(crop, target, ["mito_mem", "mito_lum"], valid=None, max_upsample=1)
+    assert result.rows[0, 0].tolist() == [2, 1, 0, 0]
+
+
+def test_a_coarse_label_is_copied_to_every_voxel_inside_it(tmp_path, ngff):
+    volume = np.random.default_rng(1).integers(0, 2, (3, 4, 5)).astype(np.uint8)
+    crop = write_crop(ngff, tmp_path, {"nuc": volume}, (32, 32, 32), (12, 12, 12), {"nuc": "instance"})
+    source = crop[0].level.lattice
+    target = Lattice.covering(source.lower_nm, source.upper_nm, (8, 8, 8))
+    result = build_label_map(crop, target, ["nuc"], valid=None, max_upsample=4)
+    assert np.array_equal(result.rows, np.kron(volume, np.ones((4, 4, 4), np.uint8)))
+    with pytest.raises(GeometryError, match=r"labels of 32x32x32 nm would be upsampled 4\.00 times"):
+        build_label_map(crop, target, ["nuc"], valid=None, max_upsample=2)
+
+
+def test_arrays_on_different_lattices_meet_on_the_grid(tmp_path, ngff):
+    fine = write_crop(ngff, tmp_path, {"pm": blob((8, 8, 8), (0, 0, 0), (8, 8, 2))}, (4, 4, 4), (-2, -2, -2))
+    coarse = write_crop(ngff, tmp_path, {"ecs": blob((4, 4, 2), (0, 0, 1), (4, 4, 2))}, (8, 8, 8), (0, 0, 0))
+    target = fine[0].level.lattice
+    result = build_label_map([*fine, *coarse], target, ["pm", "ecs"], valid=None, max_upsample=2)
+    assert result.table[result.rows][0, 0].tolist() == [[1, 0]] * 2 + [[0, 1]] * 2 + [[0, 2]] * 4
+
+
+def test_empty_arrays_are_recognised(tmp_path, ngff):
+    crop = write_crop(
+        ngff, tmp_path, {"pm": blob((9, 9, 9), (8, 8, 8), (9, 9, 9)), "ecs": np.zeros((9, 9, 9), np.uint8)}
+    )
+    assert [is_empty(label) for label in crop] == [False, True]
+
+
+def test_every_pair_of_the_fourteen_classes_is_disjoint():
+    assert all(disjoint(a, b) and not contains(a, b) for a in FOURTEEN for b in FOURTEEN if a != b)

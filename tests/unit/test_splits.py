@@ -1,0 +1,287 @@
+"""Folds: no group on both sides, every crop once, each class on both sides where that is possible."""
+
+import csv
+import itertools
+import logging
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cellmap_pipe.errors import ConfigError
+from cellmap_pipe.geometry import Lattice
+from cellmap_pipe.prepare.splits import Crop, assign_folds, group_crops, read_folds, write_folds
+
+SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
+REAL = Path(__file__).parents[3] / "shared" / "data" / "real-em"
+
+
+def box(lower, shape=(10, 10, 10), voxel=(10.0, 10.0, 10.0)):
+    return Lattice(voxel, tuple(lo + v / 2 for lo, v in zip(lower, voxel, strict=True)), shape)
+
+
+def write_crops_csv(path, crops):
+    with path.open("w", newline="") as stream:
+        columns = "crop dataset em labels annotated voxel_nm translation_nm shape problem".split()
+        writer = csv.DictWriter(stream, columns, restval="")
+        writer.writeheader()
+        for crop in crops:
+            row = {"crop": crop.name, "dataset": crop.dataset, "annotated": ";".join(crop.annotated)}
+            if crop.box:
+                for key in ("voxel_nm", "translation_nm", "shape"):
+                    row[key] = ";".join(f"{v:.10g}" for v in getattr(crop.box, key))
+            writer.writerow(row)
+    return path
+
+
+crop_lists = st.lists(
+    st.tuples(
+        st.sampled_from(["a", "b"]),
+        st.tuples(*[st.integers(0, 12)] * 3),
+        st.sets(st.sampled_from(["pm", "mito", "nuc", "er"]), max_size=4),
+    ),
+    min_size=4,
+    max_size=14,
+).map(
+    lambda rows: [
+        Crop(f"{dataset}/crop{i}", dataset, tuple(sorted(classes)), box([40.0 * p for p in place]))
+        for i, (dataset, place, classes) in enumerate(rows)
+    ]
+)
+
+
+@SETTINGS
+@given(crop_lists, st.floats(0, 300))
+def test_groups_are_the_chains_of_crops_closer_than_the_margin(crops, margin_nm):
+    groups = group_crops(crops, "crop", margin_nm)
+    # reference: grow each crop's group until nothing is added any more
+    for crop in crops:
+        reached = {crop.name}
+        while True:
+            more = {
+                other.name
+                for one, other in itertools.product(crops, crops)
+                if one.name in reached and one.dataset == other.dataset and one.name != other.name
+                and all(
+                    max(a, b) - min(c, d) < margin_nm - 1e-3
+                    for a, b, c, d in zip(
+                        one.box.lower_nm, other.box.lower_nm, one.box.upper_nm, other.box.upper_nm, strict=True
+                    )
+                )
+            } | reached  # fmt: skip
+            if more == reached:
+                break
+            reached = more
+        assert {name for name, group in groups.items() if group == groups[crop.name]} == reached
+
+
+def one_sided(folds, groups, annotated):
+    """Return the classes that are in several groups but in one fold only."""
+    found = set()
+    for name in {c for classes in annotated.values() for c in classes}:
+        holders = [crop for crop, classes in annotated.items() if name in classes]
+        if len({groups[crop] for crop in holders}) > 1 and len({folds[crop] for crop in holders}) < 2:
+            found.add(name)
+    return found
+
+
+@SETTINGS
+@given(crop_lists, st.integers(2, 4), st.integers(0, 3), st.randoms(use_true_random=False))
+def test_folds_keep_groups_together_and_do_not_depend_on_the_order_of_rows(crops, n, seed, shuffler):
+    groups = group_crops(crops, "crop", 100.0)
+    annotated = {crop.name: crop.annotated for crop in crops}
+    if len(set(groups.values())) < n:
+        with pytest.raises(ConfigError, match=f"folds.n is {n}"):
+            assign_folds(annotated, groups, n=n, seed=seed)
+        return
+    folds = assign_folds(annotated, groups, n=n, seed=seed)
+    assert set(folds) == set(annotated)
+    assert all(0 <= fold < n for fold in folds.values())
+    for group in set(groups.values()):
+        assert len({folds[crop] for crop in folds if groups[crop] == group}) == 1
+    shuffled = list(crops)
+    shuffler.shuffle(shuffled)
+    assert folds == assign_folds(
+        {crop.name: crop.annotated for crop in shuffled},
+        group_crops(shuffled, "crop", 100.0),
+        n=n,
+        seed=seed,
+    )
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.lists(st.sets(st.sampled_from(["pm", "mito", "nuc", "er"]), max_size=3), min_size=3, max_size=6),
+    st.integers(2, 3),
+    st.integers(0, 5),
+)
+def test_every_class_is_on_both_sides_where_any_division_manages_that(contents, n, seed):
+    annotated = {f"a/crop{i}": tuple(sorted(classes)) for i, classes in enumerate(contents)}
+    groups = {crop: crop for crop in annotated}
+    folds = assign_folds(annotated, groups, n=n, seed=seed)
+    best = min(
+        len(one_sided(dict(zip(annotated, choice, strict=True)), groups, annotated))
+        for choice in itertools.product(range(n), repeat=len(annotated))
+    )
+    assert len(one_sided(folds, groups, annotated)) == best
+
+
+def test_classes_and_crops_are_spread_evenly():
+    generator = random.Random(1)
+    names = [f"class{i}" for i in range(12)]
+    annotated = {f"a/crop{i}": tuple(names if i % 2 else generator.sample(names, 3)) for i in range(60)}
+    folds = assign_folds(annotated, {crop: crop for crop in annotated}, n=5, seed=0)
+    sizes = [list(folds.values()).count(fold) for fold in range(5)]
+    assert max(sizes) - min(sizes) <= 2
+    for name in names:
+        held = [sum(name in annotated[crop] for crop in folds if folds[crop] == fold) for fold in range(5)]
+        assert max(held) - min(held) <= 2
+
+
+def test_every_fold_has_a_crop():
+    annotated = {f"a/crop{i}": () for i in range(5)}
+    folds = assign_folds(annotated, {crop: crop for crop in annotated}, n=5, seed=0)
+    assert sorted(folds.values()) == [0, 1, 2, 3, 4]
+
+
+def test_seed_changes_the_folds():
+    annotated = {f"a/crop{i}": ("pm",) for i in range(12)}
+    groups = {crop: crop for crop in annotated}
+    tables = [assign_folds(annotated, groups, n=3, seed=seed) for seed in range(4)]
+    assert any(table != tables[0] for table in tables)
+
+
+def test_too_few_folds_are_refused():
+    with pytest.raises(ConfigError, match="at least 2 folds"):
+        assign_folds({"a/crop1": ()}, {"a/crop1": "a/crop1"}, n=1, seed=0)
+
+
+def test_fold_table_holds_every_crop_also_those_that_cannot_be_read(tmp_path):
+    crops = [Crop(f"a/crop{i}", "a", ("pm",), box([0, 0, 2000.0 * i])) for i in range(6)]
+    crops.append(Crop("a/crop99", "a", (), None))
+    table = write_crops_csv(tmp_path / "crops.csv", crops)
+    write_folds(table, tmp_path / "folds.csv", n=3, seed=0, group="crop", margin_nm=100)
+    assert set(read_folds(tmp_path / "folds.csv")) == {crop.name for crop in crops}
+    first = (tmp_path / "folds.csv").read_bytes()
+    write_folds(table, tmp_path / "folds.csv", n=3, seed=0, group="crop", margin_nm=100)
+    assert (tmp_path / "folds.csv").read_bytes() == first
+    assert first.splitlines()[0] == b"crop,group,fold"
+
+
+def test_grouping_by_dataset_keeps_datasets_whole(tmp_path):
+    crops = [Crop(f"{d}/crop{i}", d, ("pm",), box([0, 0, 9000.0 * i])) for d in "abc" for i in range(3)]
+    table = write_crops_csv(tmp_path / "crops.csv", crops)
+    write_folds(table, tmp_path / "folds.csv", n=3, seed=0, group="dataset", margin_nm=0)
+    folds = read_folds(tmp_path / "folds.csv")
+    assert {frozenset(c for c in folds if folds[c] == k) for k in range(3)} == {
+        frozenset(crop.name for crop in crops if crop.dataset == d) for d in "abc"
+    }
+    with pytest.raises(ConfigError, match=r"folds\.group is 'sample'"):
+        write_folds(table, tmp_path / "folds.csv", n=3, seed=0, group="sample", margin_nm=0)
+
+
+# a partition given by the user
+
+
+@pytest.fixture
+def three(tmp_path):
+    crops = [
+        Crop("fly-1/crop101", "fly-1", ("pm",), box([0, 0, 0])),
+        Crop("fly-1/crop102", "fly-1", ("pm",), box([0, 0, 150])),
+        Crop("fly-2/crop103", "fly-2", ("pm",), box([0, 0, 0])),
+    ]
+    return write_crops_csv(tmp_path / "crops.csv", crops)
+
+
+def divided(table, text, margin_nm=0.0):
+    split, out = table.with_name("datasplit.csv"), table.with_name("folds.csv")
+    split.write_text(text)
+    write_folds(table, out, n=5, seed=0, group="crop", margin_nm=margin_nm, datasplit=split)
+    return read_folds(out)
+
+
+def toolbox_row(side, dataset, crop, classes="[pm,mito]", root="/data"):
+    container = f"{root}/{dataset}/{dataset}.zarr"
+    label = f"recon-1/labels/groundtruth/{crop}/{classes}"
+    return f'"{side}","{container}","recon-1/em/fibsem-uint8","{container}","{label}"\n'
+
+
+FORMS = {
+    "toolbox": toolbox_row("train", "fly-1", "crop101") + toolbox_row("validate", "fly-1", "crop102"),
+    "toolbox, per class": toolbox_row("train", "fly-1", "crop101", "pm")
+    + toolbox_row("train", "fly-1", "crop101", "mito")
+    + toolbox_row("validate", "fly-1", "crop102", "pm"),
+    "toolbox, s3 and n5": toolbox_row("train", "fly-1", "crop101", root="s3://bucket").replace(".zarr", ".n5")
+    + toolbox_row("validate", "fly-1", "crop102", root="s3://bucket"),
+    "three cells": "train,/data/fly-1/fly-1.zarr/recon-1/labels/groundtruth/crop101\nvalidate,fly-1,crop102\n",
+    "header": "split,dataset,crop\ntrain,fly-1,crop101\nvalidate,fly-1,102\n",
+    "header, full names": "crop,split\nfly-1/crop101,train\n\nfly-1/crop102,validation\n",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_datasplit_is_read_in_each_form(three, form):
+    assert divided(three, FORMS[form]) == {"fly-1/crop101": -1, "fly-1/crop102": 0}
+
+
+def test_datasplit_rows_on_other_crops_are_left_out_with_a_warning(three, caplog):
+    text = FORMS["toolbox"] + toolbox_row("train", "fly-9", "crop7")
+    with caplog.at_level(logging.WARNING):
+        assert divided(three, text) == {"fly-1/crop101": -1, "fly-1/crop102": 0}
+    assert "fly-9/crop7" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (FORMS["toolbox"] + toolbox_row("validate", "fly-1", "crop101"), "line 3: fly-1/crop101 is on both sides"),
+        ("exclude,fly-1,crop101\n", "line 1: starts with 'exclude'; allowed: train, validate"),
+        ("train,fly-1\n", "line 1: no dataset and crop found"),
+        ("split,name\ntrain,crop101\n", "split, dataset and crop are needed"),
+        (toolbox_row("train", "fly-1", "crop101"), "no crop on side 'validate'"),
+        ("", "no crop on side"),
+    ],
+)
+def test_datasplit_that_cannot_be_used_says_why(three, text, message):
+    with pytest.raises(ConfigError, match=message):
+        divided(three, text)
+
+
+def test_missing_datasplit_is_named(three):
+    with pytest.raises(ConfigError, match=r"nowhere\.csv: cannot be read"):
+        write_folds(three, three.with_name("f.csv"), n=2, seed=0, group="crop", margin_nm=0, datasplit="nowhere.csv")
+
+
+def test_overlap_across_the_sides_is_refused_naming_the_pair(tmp_path):
+    crops = [Crop("a/crop1", "a", (), box([0, 0, 0])), Crop("a/crop2", "a", (), box([0, 0, 90]))]
+    table = write_crops_csv(tmp_path / "crops.csv", crops)
+    with pytest.raises(ConfigError, match=r"a/crop1 \(training\) and a/crop2 \(validation\) overlap"):
+        divided(table, "split,dataset,crop\ntrain,a,1\nvalidate,a,2\n")
+
+
+def test_closeness_across_the_sides_is_only_warned_of(three, caplog):
+    with caplog.at_level(logging.WARNING):
+        divided(three, FORMS["toolbox"], margin_nm=200.0)
+    assert "fly-1/crop101 (training) and fly-1/crop102 (validation) are 50 nm apart" in caplog.text
+
+
+def test_touching_real_crops_are_divided_without_complaint(tmp_path, caplog):
+    if not REAL.is_dir():
+        pytest.skip(f"{REAL} is missing")
+    from cellmap_pipe.prepare.crops import write_crops
+
+    listed = tmp_path / "listed.csv"
+    listed.write_text("crop\nfly_medulla-2/crop101\nfly_medulla-2/crop102\n")
+    data = {
+        "root": str(REAL),
+        "em_path": "recon-1/em/fibsem-uint8",
+        "labels_path": "recon-1/labels/groundtruth",
+        "crops": str(listed),
+    }
+    write_crops(data, tmp_path / "crops.csv")
+    text = toolbox_row("train", "fly_medulla-2", "crop101") + toolbox_row("validate", "fly_medulla-2", "crop102")
+    with caplog.at_level(logging.WARNING):
+        assert divided(tmp_path / "crops.csv", text) == {"fly_medulla-2/crop101": -1, "fly_medulla-2/crop102": 0}
+    assert not caplog.records
