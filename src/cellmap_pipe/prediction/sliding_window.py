@@ -1,0 +1,533 @@
+"""Sliding-window prediction in one pass along z: memory is bounded by patch and cross-section, never by depth.
+
+The weight of a window is the product of one weight per axis, and these are normalised beforehand so that at every voxel
+they add up to one; the blended probability is then a plain sum, and it folds up axis by axis. The windows of one row
+along x are added up in a *strip* (one patch high); finished lines of the strip are weighted along z and added to the
+*carry*, which holds the planes that the next row of windows still changes; finished planes leave as uint8.
+A voxel gets the same terms in the same order however the volume is cut, so any cut gives the same bits.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from cellmap_pipe.errors import ConfigError, DataError
+from cellmap_pipe.geometry import Shape3, shape3
+
+Box = tuple[Shape3, Shape3]  # lower and upper corner, in voxels of the predicted volume
+Network = Callable[[torch.Tensor], torch.Tensor]
+
+# Planes that are written together where the output does not say how its chunks lie.
+DEFAULT_DEPTH = 64
+
+# Share of a GPU's memory that the sums may take; beyond it they are kept on the host.
+_DEVICE_SHARE = 0.4
+
+
+class PredictionError(DataError):
+    """The network's answer for one window cannot be used."""
+
+
+class Source(Protocol):
+    """Where the image comes from: voxels of the predicted volume and, where there are any, around it."""
+
+    def read(self, lower: Shape3, upper: Shape3) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the image (uint8, (z, y, x)) of a box and where it is valid (bool; None = everywhere)."""
+        ...
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """An image in a numpy or zarr array (z, y, x), with nothing around it."""
+
+    image: Any
+    valid: Any = None
+
+    def read(self, lower: Shape3, upper: Shape3) -> tuple[np.ndarray, np.ndarray | None]:
+        box = tuple(slice(a, b) for a, b in zip(lower, upper, strict=True))
+        valid = None if self.valid is None else np.asarray(self.valid[box]).astype(bool, copy=False)
+        return np.asarray(self.image[box]), valid
+
+
+@dataclass(frozen=True, eq=False)
+class AxisWindows:
+    """The windows along one axis of `size` voxels.
+
+    starts: index of each window's first voxel; it is negative where context before the volume is used.
+    domain: first and last-plus-one index that the source can give; what lies beyond is reflected.
+    weights: float32 (windows, patch), adding up to one at every voxel of the volume, zero outside it.
+    """
+
+    size: int
+    patch: int
+    starts: tuple[int, ...]
+    domain: tuple[int, int]
+    weights: np.ndarray
+
+    def touching(self, lower: int, upper: int) -> list[int]:
+        """Return the numbers of the windows that reach into the voxels from `lower` up to `upper`."""
+        return [i for i, start in enumerate(self.starts) if start < upper and start + self.patch > lower]
+
+
+Plan = tuple[AxisWindows, AxisWindows, AxisWindows]
+
+
+def axis_profile(patch: int, blending: str) -> np.ndarray:
+    """Return the weight of each voxel of a window along one axis, float64 (patch,).
+
+    "gaussian": centred, standard deviation an eighth of the patch (Isensee et al. 2021,
+    doi:10.1038/s41592-020-01008-z). "constant": ones. Raises ConfigError for another name.
+    """
+    if blending == "constant":
+        return np.ones(patch)
+    if blending == "gaussian":
+        distance = np.arange(patch, dtype=np.float64) - (patch - 1) / 2
+        profile: np.ndarray = np.exp(-0.5 * (distance / (patch / 8)) ** 2)
+        return profile
+    raise ConfigError(f"predict.blending: unknown '{blending}'; allowed: gaussian, constant")
+
+
+def axis_windows(
+    size: int, patch: int, overlap: float, blending: str = "gaussian", before: int = 0, after: int = 0
+) -> AxisWindows:
+    """Return the windows that cover `size` voxels, evenly spaced and overlapping by `overlap` or a little more.
+
+    before, after: voxels of real context on either side. Windows reach into it as far as that costs no further window;
+    what a patch larger than volume and context lacks is reflected on both sides.
+    Raises ConfigError unless 0 <= overlap < 1.
+    """
+    if not 0 <= overlap < 1:
+        raise ConfigError(f"predict.overlap {overlap} must be at least 0 and below 1")
+    step = max(1, math.floor(patch * (1 - overlap) + 1e-9))
+    count = 1 if size <= patch else math.ceil((size - patch) / step) + 1
+    spare = patch + (count - 1) * step - size
+    low = -min(before, max(spare // 2, spare - after))
+    high = size + min(after, spare + low)
+    span = high - low - patch
+    if count == 1:
+        starts = [low - (-span) // 2]
+    else:
+        starts = [low + round(i * span / (count - 1)) for i in range(count)]
+    weights = np.zeros((count, patch))
+    total = np.zeros(size)
+    profile = axis_profile(patch, blending)
+    for i, start in enumerate(starts):
+        inside = slice(max(start, 0) - start, min(start + patch, size) - start)
+        weights[i, inside] = profile[inside]
+        total[start + inside.start : start + inside.stop] += profile[inside]
+    for i, start in enumerate(starts):
+        inside = slice(max(start, 0) - start, min(start + patch, size) - start)
+        weights[i, inside] /= total[start + inside.start : start + inside.stop]
+    return AxisWindows(size, patch, tuple(starts), (low, high), weights.astype(np.float32))
+
+
+def make_plan(
+    shape: Sequence[int],
+    patch: Sequence[int],
+    overlap: float,
+    blending: str = "gaussian",
+    context: Sequence[tuple[int, int]] = ((0, 0), (0, 0), (0, 0)),
+) -> Plan:
+    """Return the windows along z, y and x of a volume of `shape`; context: voxels before and after it on each axis."""
+    z, y, x = (
+        axis_windows(n, p, overlap, blending, before, after)
+        for n, p, (before, after) in zip(shape3(shape), shape3(patch), context, strict=True)
+    )
+    return z, y, x
+
+
+def _mirrored(lower: int, upper: int, domain: tuple[int, int]) -> np.ndarray:
+    """Return the indices inside `domain` that stand for lower..upper-1, reflected beyond its ends."""
+    first, length = domain[0], domain[1] - domain[0]
+    index = np.arange(lower, upper) - first
+    if length == 1:
+        return np.full(upper - lower, first)
+    index = np.abs(np.mod(index, 2 * (length - 1)))
+    return first + np.minimum(index, 2 * (length - 1) - index)
+
+
+def _read_mirrored(source: Source, lower: Shape3, upper: Shape3, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """Return image and validity of a box that may reach beyond what the source has."""
+    index = [_mirrored(a, b, axis.domain) for a, b, axis in zip(lower, upper, plan, strict=True)]
+    corner = shape3([i.min() for i in index])
+    image, valid = source.read(corner, shape3([i.max() + 1 for i in index]))
+    if image.dtype != np.uint8:
+        raise DataError(f"the image is {image.dtype}, expected uint8; convert it or choose another array")
+    if valid is None:
+        valid = np.ones(image.shape, bool)
+    for axis, (i, first) in enumerate(zip(index, corner, strict=True)):
+        if not np.array_equal(i - first, np.arange(image.shape[axis])):
+            image, valid = image.take(i - first, axis), valid.take(i - first, axis)
+    return image, valid
+
+
+class _Slab:
+    """The image under one row of windows along z; going on to the next row reads only the new planes."""
+
+    def __init__(self, source: Source, plan: Plan, y: Sequence[int], x: Sequence[int]) -> None:
+        self._source, self._plan = source, plan
+        starts = [[axis.starts[i] for i in chosen] for axis, chosen in zip(plan[1:], (y, x), strict=True)]
+        self.corner = tuple(min(s) for s in starts)
+        self._end = tuple(max(s) + axis.patch for s, axis in zip(starts, plan[1:], strict=True))
+        self._start: int | None = None
+        self.image = np.empty(0, np.uint8)
+        self.valid = np.empty(0, bool)
+
+    def _read(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        return _read_mirrored(self._source, shape3((first, *self.corner)), shape3((last, *self._end)), self._plan)
+
+    def advance(self, start: int) -> None:
+        """Make the slab hold the planes of the windows that begin at plane `start`."""
+        end = start + self._plan[0].patch
+        if self._start is None or start >= self._start + self._plan[0].patch:
+            image, valid = self._read(start, end)
+            self.image, self.valid = image.copy(), valid.copy()  # the source may give views of what it holds
+        elif start > self._start:
+            moved = start - self._start
+            image, valid = self._read(end - moved, end)
+            for held, new in ((self.image, image), (self.valid, valid)):
+                held[:-moved] = held[moved:]
+                held[-moved:] = new
+        self._start = start
+
+    def cut(self, array: np.ndarray, y: int, x: int) -> np.ndarray:
+        """Return the part of `array` (the slab's image or validity) under the window at line y, column x."""
+        y, x = y - self.corner[0], x - self.corner[1]
+        return array[:, y : y + self._plan[1].patch, x : x + self._plan[2].patch]
+
+
+class _Sums:
+    """Weighted sums of the windows that touch one box of the volume, on `device`."""
+
+    def __init__(
+        self, plan: Plan, box: Box, rows: Sequence[int], channels: int, depth: int, device: torch.device
+    ) -> None:
+        self._plan, self._box, self._depth, self._device = plan, box, depth, device
+        z, y, _ = plan
+        (z0, y0, x0), (z1, y1, x1) = box
+        need = _planes_needed(z, rows, z1 - z0, depth)
+        lines, columns = y1 - y0, x1 - x0
+        self._carry = torch.empty((channels, need.carry, lines, columns), dtype=need.carry_type, device=device)
+        self._strip = torch.zeros((channels, z.patch, y.patch, columns), device=device)
+        self._scratch = torch.empty(z.patch * y.patch * columns, device=device)
+        self._done = torch.empty((channels, need.done, lines, columns), dtype=torch.uint8, device=device)
+        self._done_from, self._done_to = z0, z0
+        self._carried = 0
+        self._weights = [torch.from_numpy(axis.weights).to(device) for axis in plan]
+
+    def add(self, channel: int, probability: torch.Tensor, y: int, x: int) -> None:
+        """Add one channel (z, y, x) of window (y, x) of the current row to the strip."""
+        x0, x1 = self._box[0][2], self._box[1][2]
+        start = self._plan[2].starts[x]
+        first, last = max(start, x0), min(start + self._plan[2].patch, x1)
+        weight = self._weights[1][y, :, None] * self._weights[2][x, None, first - start : last - start]
+        target = self._strip[channel, :, :, first - x0 : last - x0]
+        target.addcmul_(probability[:, :, first - start : last - start].to(self._device), weight)
+
+    def fold(self, row: int, start: int, stop: int, y: int, next_line: int, valid: np.ndarray | None) -> None:
+        """Take the finished lines of window line `y`, up to `next_line`, out of the strip.
+
+        row, start: the current row along z and its first plane; planes from `start` up to `stop` are finished by it.
+        valid: which of its voxels count, (patch, lines, columns) of the box, or None for all.
+        """
+        (z0, y0, _), (z1, y1, _) = self._box
+        begin = self._plan[1].starts[y]
+        patch, columns = self._plan[0].patch, self._strip.shape[3]
+        first, last = max(begin, y0), min(next_line, y1)
+        if first >= last:  # these lines lie before the box
+            self._move_strip(next_line - begin)
+            return
+        lines = slice(first - y0, last - y0)
+        kept = start + patch - stop
+        from_plane, to_plane = max(start, z0), min(stop, z1)
+        weight = (self._weights[0][row] * 255).view(-1, 1, 1)
+        planes = self._scratch[: patch * (last - first) * columns].view(patch, last - first, columns)
+        for channel in range(self._strip.shape[0]):
+            torch.mul(self._strip[channel, :, first - begin : last - begin], weight, out=planes)
+            if self._carried:
+                planes[: self._carried].add_(self._carry[channel, : self._carried, lines])
+            if kept:
+                self._carry[channel, :kept, lines].copy_(planes[stop - start :])
+            if to_plane > from_plane:
+                finished = planes[from_plane - start : to_plane - start].add_(0.5)  # + 0.5, then cut off = rounded
+                if valid is not None:
+                    counted = torch.from_numpy(valid[from_plane - start : to_plane - start, lines])
+                    finished.mul_(counted.to(self._device))
+                target = self._done[channel, from_plane - self._done_from : to_plane - self._done_from, lines]
+                target.copy_(finished)
+        self._move_strip(next_line - begin)
+
+    def _move_strip(self, lines: int) -> None:
+        """Move the strip on by `lines`, in pieces that do not overlap."""
+        height = self._strip.shape[2]
+        for first in range(0, height - lines, lines):
+            last = min(first + lines, height - lines)
+            self._strip[:, :, first:last].copy_(self._strip[:, :, first + lines : last + lines])
+        self._strip[:, :, max(height - lines, 0) :].zero_()
+
+    def end_row(self, start: int, stop: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Finish the row, and with it planes `start` up to `stop`. Yields finished planes once they fill chunks."""
+        z1 = self._box[1][0]
+        self._carried = start + self._plan[0].patch - stop
+        self._done_to = max(self._done_to, min(stop, z1))
+        ready = z1 if self._done_to == z1 else self._done_to // self._depth * self._depth
+        if ready > self._done_from:
+            count, rest = ready - self._done_from, self._done_to - ready
+            yield self._done_from, ready, self._done[:, :count].cpu().numpy()
+            if rest:
+                self._done[:, :rest] = self._done[:, count : count + rest].clone()
+            self._done_from = ready
+
+
+@dataclass(frozen=True)
+class _Planes:
+    carry: int
+    carry_type: torch.dtype
+    done: int
+
+
+def _planes_needed(z: AxisWindows, rows: Sequence[int], planes: int, depth: int) -> _Planes:
+    """Return how many planes carry and output buffer hold for a box of `planes` planes under the given rows along z.
+
+    float16 in the carry errs by at most 1/16 of a uint8 step each time; more than three rows over a voxel take float32.
+    """
+    steps = [b - a for a, b in pairwise(z.starts[i] for i in rows)]
+    shortest = min(steps, default=z.patch)
+    half = math.ceil(z.patch / shortest) <= 3
+    return _Planes(
+        carry=max(0, z.patch - shortest),
+        carry_type=torch.float16 if half else torch.float32,
+        done=min(planes, z.patch + depth - 1),
+    )
+
+
+def _lookup(image: np.ndarray, table: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Return the intensities that the network sees: `table` at each uint8 value, float32, same shape."""
+    if device.type == "cpu":
+        return torch.from_numpy(table[image])
+    return torch.from_numpy(table).to(device)[torch.from_numpy(image).to(device).int()]
+
+
+def _run(network: Network, images: torch.Tensor, least: int, exactly: int | None) -> torch.Tensor:
+    """Return the logits (B, C, z, y, x). Raises PredictionError unless C >= `least` and, if given, C == `exactly`."""
+    logits = network(images)
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else ()
+    if len(shape) != 5 or (shape[0], *shape[2:]) != (images.shape[0], *images.shape[2:]):
+        got = shape or type(logits).__name__
+        raise PredictionError(f"the network gave {got} for an input of {tuple(images.shape)}; expected (B, C, z, y, x)")
+    if shape[1] < least or exactly not in (None, shape[1]):
+        raise PredictionError(f"the network gave {shape[1]} channels, expected {exactly or f'at least {least}'}")
+    return logits
+
+
+@torch.inference_mode()
+def stream(
+    network: Network,
+    source: Source,
+    plan: Plan,
+    box: Box,
+    *,
+    channels: Sequence[int],
+    depth: int = DEFAULT_DEPTH,
+    normalise: np.ndarray,
+    batch: int = 1,
+    device: torch.device,
+    network_channels: int | None = None,
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yield (first plane, end plane, uint8 probabilities (C, planes, y, x)) of `box`, from its lowest plane upwards.
+
+    box: lower and upper corner in voxels of the planned volume. Ends of the pieces are multiples of `depth`, or the end
+    of the box. An array that was yielded is overwritten when the next is asked for.
+    channels: those of the network's channels that are kept, in this order; network_channels: how many it must have in
+    all, None for any number. normalise: float32 (256,) by uint8 value.
+    Windows without a valid voxel are left out; voxels that are not valid get 0.
+    Raises PredictionError naming the window if a probability is NaN.
+    """
+    (z0, y0, x0), (z1, y1, x1) = box
+    z, y, x = plan
+    rows, lines, columns = z.touching(z0, z1), y.touching(y0, y1), x.touching(x0, x1)
+    slab = _Slab(source, plan, lines, columns)
+    sums = _Sums(plan, box, rows, len(channels), depth, _sums_device(plan, box, len(channels), depth, device))
+    probability = torch.empty((z.patch, y.patch, x.patch), device=device)
+    inside = (slice(y0 - slab.corner[0], y1 - slab.corner[0]), slice(x0 - slab.corner[1], x1 - slab.corner[1]))
+    line_ends = [*(y.starts[j] for j in lines[1:]), y.starts[lines[-1]] + y.patch]
+    row_ends = [*(z.starts[i] for i in rows[1:]), z.starts[rows[-1]] + z.patch]
+    for row, stop in zip(rows, row_ends, strict=True):
+        start = z.starts[row]
+        slab.advance(start)
+        counted = None if slab.valid.all() else slab.valid[:, inside[0], inside[1]]
+        wanted = [(j, k) for j, k in product(lines, columns) if slab.cut(slab.valid, y.starts[j], x.starts[k]).any()]
+        pending = iter(zip(lines, line_ends, strict=True))
+        line, line_end = next(pending)
+        for first in range(0, len(wanted), batch):
+            windows = wanted[first : first + batch]
+            images = np.stack([slab.cut(slab.image, y.starts[j], x.starts[k]) for j, k in windows])
+            logits = _run(network, _lookup(images[:, None], normalise, device), max(channels) + 1, network_channels)
+            for number, (j, k) in enumerate(windows):
+                while line != j:
+                    sums.fold(row, start, stop, line, line_end, counted)
+                    line, line_end = next(pending)
+                total = torch.zeros((), device=device)
+                for kept, channel in enumerate(channels):
+                    torch.sigmoid(logits[number, channel], out=probability)
+                    total += probability.sum()
+                    sums.add(kept, probability, j, k)
+                if not math.isfinite(float(total)):
+                    corner = (start, y.starts[j], x.starts[k])
+                    raise PredictionError(
+                        f"the network gave NaN in the window at voxel {corner} (z, y, x) of size "
+                        f"{(z.patch, y.patch, x.patch)}; check its weights and the image there"
+                    )
+        sums.fold(row, start, stop, line, line_end, counted)
+        for line, line_end in pending:
+            sums.fold(row, start, stop, line, line_end, counted)
+        yield from sums.end_row(start, stop)
+
+
+def estimate_bytes(plan: Plan, box: Box, channels: int, depth: int, batch: int) -> int:
+    """Return the host memory in bytes that `stream` takes for a box, without what the network needs for itself."""
+    (z0, y0, x0), (z1, y1, x1) = box
+    z, y, x = plan
+    rows = z.touching(z0, z1)
+    need = _planes_needed(z, rows, z1 - z0, depth)
+    area = (y1 - y0) * (x1 - x0)
+    seen = 1
+    for axis, lower, upper in ((y, y0, y1), (x, x0, x1)):
+        chosen = axis.touching(lower, upper)
+        seen *= axis.starts[chosen[-1]] + axis.patch - axis.starts[chosen[0]]
+    sums = channels * (
+        need.carry * area * need.carry_type.itemsize + need.done * area + 4 * z.patch * y.patch * (x1 - x0)
+    )
+    image = 2 * 2 * z.patch * seen  # image and validity, once more while new planes are read
+    windows = 4 * z.patch * y.patch * x.patch * (batch * (2 * channels + 2) + 1)
+    return sums + image + windows + 4 * z.patch * y.patch * (x1 - x0)
+
+
+def _sums_device(plan: Plan, box: Box, channels: int, depth: int, device: torch.device) -> torch.device:
+    """Return where the sums are kept: beside the network if they take a minor part of its GPU, else on the host."""
+    if device.type != "cuda":
+        return torch.device("cpu")
+    available = _DEVICE_SHARE * torch.cuda.get_device_properties(device).total_memory
+    return device if estimate_bytes(plan, box, channels, depth, 1) <= available else torch.device("cpu")
+
+
+def _cuts(size: int, parts: int, align: int) -> list[tuple[int, int]]:
+    """Return `parts` nearly equal pieces of an axis that begin at multiples of `align`."""
+    units = math.ceil(size / align)
+    edges = [min(size, align * (units * i // parts)) for i in range(parts + 1)]
+    return list(pairwise(edges))
+
+
+def columns(
+    plan: Plan, channels: int, depth: int, batch: int, align: tuple[int, int], memory_gb: float | None
+) -> list[Box]:
+    """Return the columns (boxes over the whole depth) in which a volume is predicted, one if it fits into memory.
+
+    align: columns begin at multiples of these numbers of lines (y) and columns (x), the output's chunks.
+    memory_gb: host memory in 10^9 bytes, without the network's own. Of the cuts that fit, that with the fewest windows.
+    Raises ConfigError, with the least memory that would do, if none fits.
+    """
+    z, y, x = plan
+    whole: Box = ((0, 0, 0), (z.size, y.size, x.size))
+    if memory_gb is None or estimate_bytes(plan, whole, channels, depth, batch) <= memory_gb * 1e9:
+        return [whole]
+    choices = []
+    for parts in product(*(range(1, math.ceil(axis.size / a) + 1) for axis, a in zip((y, x), align, strict=True))):
+        cuts = [_cuts(axis.size, n, a) for axis, n, a in zip((y, x), parts, align, strict=True)]
+        boxes: list[Box] = [((0, y0, x0), (z.size, y1, x1)) for (y0, y1), (x0, x1) in product(*cuts)]
+        need = max(estimate_bytes(plan, box, channels, depth, batch) for box in boxes)
+        windows = math.prod(
+            sum(len(axis.touching(*piece)) for piece in pieces) for axis, pieces in zip((y, x), cuts, strict=True)
+        )
+        choices.append((need > memory_gb * 1e9, windows if need <= memory_gb * 1e9 else need, need, boxes))
+    too_large, _, need, boxes = min(choices, key=lambda choice: choice[:3])
+    if too_large:
+        raise ConfigError(
+            f"predict.memory_gb {memory_gb:g} is too little for patch {(z.patch, y.patch, x.patch)} and {channels} "
+            f"classes: it takes at least {math.ceil(need / 1e7) / 100:g} GB; raise it, or use a smaller patch"
+        )
+    return boxes
+
+
+@contextmanager
+def evaluating(network: Network) -> Iterator[torch.device | None]:
+    """Put a module into evaluation mode for a while; yield its device (None: the callable does not say)."""
+    if not isinstance(network, torch.nn.Module):
+        yield None
+        return
+    was_training = network.training
+    network.eval()
+    try:
+        yield next((parameter.device for parameter in network.parameters()), None)
+    finally:
+        network.train(was_training)
+
+
+def chunk_shape(out: Any) -> Shape3:
+    """Return the (z, y, x) shape that `out` (C, z, y, x) is best written in: its shards, its chunks, or a default."""
+    chunks = getattr(out, "shards", None) or getattr(out, "chunks", None)
+    return shape3(chunks[1:]) if chunks else (DEFAULT_DEPTH, 1, 1)
+
+
+def predict_array(
+    network: Network,
+    image: Any,
+    *,
+    patch: Sequence[int],
+    overlap: float = 0.5,
+    out: Any,
+    classes: Sequence[int] | None = None,
+    memory_gb: float | None = None,
+    normalise: np.ndarray | None = None,
+    blending: str = "gaussian",
+    batch: int = 1,
+    device: str | torch.device | None = None,
+    valid: Any = None,
+) -> None:
+    """Write the class probabilities of `image` to `out`, uint8 (C, z, y, x), round(255 p).
+
+    network: maps (B, 1, *patch) float32 to logits (B, C, *patch). A module is put into evaluation mode meanwhile.
+    image: uint8 (z, y, x), numpy or zarr; read and written slab by slab, so memory does not grow with the depth.
+    patch, overlap: window (z, y, x) and the least share by which neighbours overlap; an image smaller than the patch is
+    reflected. A patch of one plane serves a 2D network.
+    classes: numbers of the network's channels to keep, in the order of `out`; None keeps all.
+    memory_gb: bound in 10^9 bytes on the memory taken beside the network; larger cross-sections are cut in columns.
+    normalise: float32 (256,) intensity by uint8 value (`intensity.lookup_table`); None divides by 255.
+    blending: weights of the windows, "gaussian" or "constant". batch: windows in one call of the network.
+    valid: bool (z, y, x) or None; elsewhere the probability is 0 and no window is run for its sake.
+    Raises ConfigError (geometry, memory), DataError (image not uint8) and PredictionError naming the window (NaN).
+    """
+    shape = shape3(image.shape)
+    if len(out.shape) != 4 or tuple(out.shape[1:]) != shape or np.dtype(out.dtype) != np.uint8:
+        expected = f"uint8 (classes, {', '.join(map(str, shape))})"
+        raise ConfigError(f"out is {out.dtype} {tuple(out.shape)}; expected {expected}")
+    channels = list(range(out.shape[0])) if classes is None else list(classes)
+    if len(channels) != out.shape[0]:
+        raise ConfigError(f"out has {out.shape[0]} channels for {len(channels)} classes")
+    table = (np.arange(256) / 255).astype(np.float32) if normalise is None else np.asarray(normalise, np.float32)
+    plan = make_plan(shape, patch, overlap, blending)
+    depth, *align = chunk_shape(out)
+    with evaluating(network) as home:
+        chosen = torch.device(device or home or "cpu")
+        for box in columns(plan, len(channels), depth, batch, (align[0], align[1]), memory_gb):
+            (_, y0, x0), (_, y1, x1) = box
+            pieces = stream(
+                network,
+                ArraySource(image, valid),
+                plan,
+                box,
+                channels=channels,
+                depth=depth,
+                normalise=table,
+                batch=batch,
+                device=chosen,
+                network_channels=len(channels) if classes is None else None,
+            )
+            for first, last, probabilities in pieces:
+                out[:, first:last, y0:y1, x0:x1] = probabilities

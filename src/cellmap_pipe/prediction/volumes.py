@@ -1,0 +1,296 @@
+"""Which volumes are predicted, on which voxels, and the EM under and around them.
+
+A volume is a dict, as it stands in the JSON records: name ("jrc_x/crop12"), dataset, em (path under data.root), lattice
+(voxels to predict), target (voxels that are asked for in the end), classes (list, or None for all).
+"""
+
+import hashlib
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cellmap_pipe.errors import ConfigError, ContractError, DataError, GeometryError
+from cellmap_pipe.files import canonical_json, read_json
+from cellmap_pipe.geometry import Lattice, Shape3, nearest_grid, shape3, vec3
+from cellmap_pipe.prepare.em import choose_level, read_em
+from cellmap_pipe.prepare.ngff import chunk_shape, chunks_on_disk, read_image
+from cellmap_pipe.prepare.resample import lattice_weights
+
+logger = logging.getLogger(__name__)
+
+Volume = dict[str, Any]
+VoxelSize = Sequence[float] | str  # (z, y, x) in nm, or "native": the target's own
+
+NATIVE = "native"
+COLUMNS = ("crop_name", "dataset", "class_label", "voxel_size", "translation", "shape")
+
+# Planes of the volume that are read and resampled at a time, always the same ones: any cut sees the same voxels.
+READ_PLANES = 64
+
+
+def grid_lattice(target: Lattice, voxel_nm: VoxelSize) -> Lattice:
+    """Return the lattice of `voxel_nm` over the box of `target`."""
+    if isinstance(voxel_nm, str):
+        return target
+    return Lattice.covering(target.lower_nm, target.upper_nm, voxel_nm)
+
+
+def validation_volumes(
+    quality_csv: str | Path, folds_csv: str | Path, convert_jsons: Sequence[str | Path], fold: int | str
+) -> list[Volume]:
+    """Return the crops of validation fold `fold` that the quality check keeps, on the grid they were converted to.
+
+    Their target is the lattice of their labels as annotated. Raises ContractError if a kept crop has no record.
+    """
+    verdicts = pd.read_csv(quality_csv, keep_default_na=False)
+    folds = pd.read_csv(folds_csv, keep_default_na=False)
+    held_out = set(folds.loc[folds["fold"].astype(str) == str(fold), "crop"])
+    wanted = [crop for crop in verdicts.loc[verdicts["verdict"] == "keep", "crop"] if crop in held_out]
+    records = {
+        record["crop"]: record
+        for path in convert_jsons
+        for record in read_json(path, "run again with `-R convert`")["records"]
+    }
+    missing = [crop for crop in wanted if crop not in records]
+    if missing:
+        raise ContractError(
+            f"{missing[0]}: in {quality_csv}, but no conversion has a record of it; run with `-R quality`"
+        )
+    return [
+        {
+            "name": crop,
+            "dataset": records[crop]["dataset"],
+            "em": records[crop]["em"],
+            "lattice": records[crop]["lattice"],
+            "target": records[crop]["label_lattice"],
+            "classes": None,
+        }
+        for crop in sorted(wanted)
+    ]
+
+
+def _triple(text: str, where: str) -> list[float]:
+    """Return the three numbers of "[z;y;x]". Raises ConfigError."""
+    try:
+        values = [float(part) for part in str(text).strip().strip("[]").replace(",", ";").split(";")]
+    except ValueError:
+        values = []
+    if len(values) != 3:
+        raise ConfigError(f"{where} is '{text}'; expected three numbers as in [8;8;8] (z, y, x)")
+    return values
+
+
+def test_volumes(volumes_csv: str | Path, data_root: str | Path, em_path: str, voxel_nm: VoxelSize) -> list[Volume]:
+    """Return the volumes that a table lists, with the lattice of `voxel_nm` (z, y, x; nm) over each.
+
+    The table has the columns of the challenge's test_crop_manifest.csv, one row per crop and class; an empty
+    class_label stands for every class. A crop's box is the union of its rows': least voxel size and translation,
+    largest shape.
+    Where voxel_size, translation and shape are empty the volume is the whole EM at its finest level.
+    Raises ConfigError naming the file, line and column.
+    """
+    table = pd.read_csv(volumes_csv, dtype=str, keep_default_na=False)
+    lacking = [column for column in COLUMNS if column not in table.columns]
+    if lacking:
+        raise ConfigError(f"{volumes_csv}: column '{lacking[0]}' is missing; expected {', '.join(COLUMNS)}")
+    volumes = []
+    for (dataset, crop), rows in table.groupby(["dataset", "crop_name"], sort=True):
+        name = f"{dataset}/crop{crop}" if str(crop).isdigit() else f"{dataset}/{crop}"
+        em = f"{dataset}/{dataset}.zarr/{em_path}"
+        target = _target(rows, volumes_csv, Path(data_root) / em)
+        classes = list(dict.fromkeys(rows["class_label"]))
+        volumes.append(
+            {
+                "name": name,
+                "dataset": str(dataset),
+                "em": em,
+                "lattice": grid_lattice(target, voxel_nm).to_dict(),
+                "target": target.to_dict(),
+                "classes": None if "" in classes else classes,
+            }
+        )
+    if not volumes:
+        raise ConfigError(f"{volumes_csv}: lists no volume; add rows, or set data.volumes to another table")
+    return volumes
+
+
+def _target(rows: pd.DataFrame, table: str | Path, em: Path) -> Lattice:
+    """Return the box that the rows of one crop ask for."""
+    if (rows[["voxel_size", "translation", "shape"]] == "").all(axis=None):
+        try:
+            return read_image(em).levels[0].lattice
+        except DataError as error:
+            raise ConfigError(
+                f"{table}: a volume without voxel_size, translation and shape is the whole EM, but {error}"
+            ) from None
+    values = {
+        column: np.array(
+            [
+                _triple(text, f"{table}: {column} in line {line + 2}")
+                for line, text in zip(rows.index.tolist(), rows[column], strict=True)
+            ]
+        )
+        for column in ("voxel_size", "translation", "shape")
+    }
+    try:
+        return Lattice(
+            vec3(values["voxel_size"].min(axis=0).tolist()),
+            vec3(values["translation"].min(axis=0).tolist()),
+            shape3(values["shape"].max(axis=0).tolist()),
+        )
+    except GeometryError as error:
+        raise ConfigError(f"{table}: line {rows.index.tolist()[0] + 2}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Service:
+    """Whether a model's grid serves a volume; if not, the cause in words."""
+
+    served: bool
+    cause: str
+
+
+def service(
+    volume: Mapping[str, Any], grid: str, grids: Mapping[str, VoxelSize], max_oversampling: float, allow: bool
+) -> Service:
+    """Return whether `grid` is the one of `grids` that serves the volume.
+
+    grids: voxel sizes of the grids of all models in use. The nearest to the target's voxel serves, unless it has more
+    than `max_oversampling` times the target's voxels and this is not allowed.
+    """
+    target = Lattice.from_dict(volume["target"])
+    sizes = {name: target.voxel_nm if isinstance(size, str) else size for name, size in grids.items()}
+    nearest = nearest_grid(sizes, target.voxel_nm)
+    if nearest != grid:
+        return Service(False, f"served by grid {nearest}, the nearest to its voxels")
+    factor = Lattice.from_dict(volume["lattice"]).voxels / target.voxels
+    if factor > max_oversampling and not allow:
+        return Service(
+            False,
+            f"grid {grid} has {factor:.3g} times the voxels asked for, more than predict.max_oversampling "
+            f"({max_oversampling:g}); add a coarser grid or set predict.allow_oversampling",
+        )
+    return Service(True, "")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one look at all the EM of a volume tells: its digest, and the histogram (256 counts) of valid voxels."""
+
+    digest: str
+    histogram: np.ndarray
+
+
+class EMVolume:
+    """The EM of one volume on its lattice, with the real EM around it as far as that is on disk.
+
+    Raises DataError for what cannot be read and GeometryError for EM that is too coarse.
+    """
+
+    def __init__(self, path: Path, lattice: Lattice, *, max_upsample: float, reach: Shape3) -> None:
+        """path: the EM's group. reach: how many voxels of context are of use on each side (z, y, x)."""
+        image = read_image(path)
+        self.level = choose_level(image, lattice, max_upsample)  # once for all windows: they must not differ in it
+        self.lattice = lattice
+        self.path = path
+        self._image = replace(image, levels=(self.level,))
+        self._max_upsample = max_upsample
+        z, y, x = (self._context(axis, reach[axis]) for axis in range(3))
+        self.context = (z, y, x)
+        self._piece: tuple[Any, np.ndarray, np.ndarray | None] | None = None
+
+    def _context(self, axis: int, reach: int) -> tuple[int, int]:
+        """Return how many voxels of the lattice before and after it have EM on disk along an axis, at most `reach`."""
+        em, weights = self.level.lattice, lattice_weights(self.level.lattice, self.lattice)
+        factor = self.lattice.voxel_nm[axis] / em.voxel_nm[axis]
+        chunk = chunk_shape(self.level)[axis]
+        result = []
+        for before in (True, False):
+            edge_gap = (
+                self.lattice.lower_nm[axis] - em.lower_nm[axis]
+                if before
+                else em.upper_nm[axis] - self.lattice.upper_nm[axis]
+            )
+            count = min(reach, math.floor(edge_gap / self.lattice.voxel_nm[axis] + 1e-6))
+            if count <= 0:
+                result.append(0)
+                continue
+            lower, upper = [w.start for w in weights], [w.stop for w in weights]
+            width = math.ceil(count * factor)
+            if before:
+                lower[axis], upper[axis] = max(0, lower[axis] - width), lower[axis]
+            else:
+                lower[axis], upper[axis] = upper[axis], min(em.shape[axis], upper[axis] + width)
+            if lower[axis] >= upper[axis]:
+                result.append(0)
+                continue
+            present = np.moveaxis(chunks_on_disk(self.level, lower, upper), axis, 0)
+            layers = present.reshape(len(present), -1).all(axis=1)
+            if not layers.all():  # one voxel less: it may draw on the missing layer
+                first_chunk = lower[axis] // chunk
+                if before:
+                    on_disk = upper[axis] - (first_chunk + int(np.flatnonzero(~layers)[-1]) + 1) * chunk
+                else:
+                    on_disk = (first_chunk + int(np.flatnonzero(~layers)[0])) * chunk - lower[axis]
+                count = min(count, math.floor(on_disk / factor) - 1)
+            result.append(max(0, count))
+        return result[0], result[1]
+
+    def read(self, lower: Shape3, upper: Shape3) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return image (uint8) and validity (bool or None) of a box of the lattice or its context, (z, y, x)."""
+        first, last = -self.context[0][0], self.lattice.shape[0] + self.context[0][1]
+        images, valids = [], []
+        for number in range(lower[0] // READ_PLANES, -(-upper[0] // READ_PLANES)):
+            begin, end = max(first, number * READ_PLANES), min(last, (number + 1) * READ_PLANES)
+            image, valid = self._read_piece((begin, *lower[1:]), (end, *upper[1:]))
+            planes = slice(max(lower[0], begin) - begin, min(upper[0], end) - begin)
+            images.append(image[planes])
+            valids.append(None if valid is None else valid[planes])
+        if all(valid is None for valid in valids):
+            return np.concatenate(images), None
+        filled = [np.ones(i.shape, bool) if v is None else v for i, v in zip(images, valids, strict=True)]
+        return np.concatenate(images), np.concatenate(filled)
+
+    def _read_piece(self, lower: tuple[int, ...], upper: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
+        if self._piece is None or self._piece[0] != (lower, upper):
+            shape = [b - a for a, b in zip(lower, upper, strict=True)]
+            block = read_em(self._image, self.lattice.window(lower, shape), max_upsample=self._max_upsample)
+            self._piece = ((lower, upper), block.image, block.valid)
+        return self._piece[1], self._piece[2]
+
+    def survey(self) -> Survey:
+        """Return the digest of all that a prediction may read, and the histogram of the volume's valid voxels."""
+        sha = hashlib.sha256(canonical_json([self.lattice.to_dict(), self.context]).encode())
+        histogram = np.zeros(256, np.int64)
+        before, after = zip(*self.context, strict=True)
+        end = [n + a for n, a in zip(self.lattice.shape, after, strict=True)]
+        inner = tuple(slice(b, b + n) for b, n in zip(before[1:], self.lattice.shape[1:], strict=True))
+        for z in range(-before[0] // READ_PLANES * READ_PLANES, end[0], READ_PLANES):
+            first, last = max(z, -before[0]), min(z + READ_PLANES, end[0])
+            image, valid = self.read((first, -before[1], -before[2]), (last, end[1], end[2]))
+            sha.update(image.tobytes())
+            if valid is not None:
+                sha.update(np.packbits(valid).tobytes())
+            planes = slice(max(0, -first), max(0, self.lattice.shape[0] - first))
+            inside = image[planes][:, *inner]
+            chosen = inside.ravel() if valid is None else inside[valid[planes][:, *inner]]
+            histogram += np.bincount(chosen, minlength=256)
+        return Survey(sha.hexdigest(), histogram)
+
+
+def check_survey(survey: Survey, path: Path) -> None:
+    """Raise DataError for EM that cannot be segmented: not on disk at all, or one grey value everywhere."""
+    counted = np.flatnonzero(survey.histogram)
+    if not len(counted):
+        raise DataError(f"{path}: no EM is on disk under this volume; fetch it, or take the volume off the list")
+    if len(counted) == 1:
+        raise DataError(
+            f"{path}: the EM is blank under this volume (every voxel is {counted[0]}); check its box, "
+            "or take the volume off the list"
+        )
