@@ -1,0 +1,285 @@
+"""How long and in how much memory the scores are computed, as ratios to one distance transform of the same volume.
+
+    python benchmarks/scoring.py [--quick] [--case KIND,N,OBJECTS] [--manifest test_crop_manifest.csv] [--plot FILE]
+
+The yardstick is the CPU time of `scipy.ndimage.distance_transform_edt(truth == 0)` in the same run. Imports and
+inputs are not counted; relabelling, overlaps and matching are. The last line is one JSON object: name, ratios,
+targets, ok.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numcodecs
+import numpy as np
+from scipy.ndimage import distance_transform_edt
+
+from cellmap_pipe.evaluation.alignment import is_instance
+from cellmap_pipe.evaluation.container import open_container
+from cellmap_pipe.evaluation.flight import check
+from cellmap_pipe.evaluation.instance import score_instance
+from cellmap_pipe.evaluation.manifest import read_manifest
+from cellmap_pipe.evaluation.semantic import score_semantic
+
+logger = logging.getLogger("scoring")
+
+VOXEL_NM = (4.0, 4.0, 4.0)
+# (voxels per axis, objects) -> largest ratio of CPU times, by rules
+TARGETS = {
+    ("blobs", 128, 200): {"csc-2026.06": 1.5, "clean": 1.0},
+    ("blobs", 256, 1000): {"csc-2026.06": 1.0, "clean": 0.6},
+    ("blobs", 256, 5000): {"csc-2026.06": 1.5, "clean": 1.0},
+    ("filaments", 256, 200): {"csc-2026.06": 1.2, "clean": 1.2},
+    ("blobs", 400, 1000): {"csc-2026.06": 1.0, "clean": 0.6},
+}
+QUICK = [("blobs", 128, 200), ("blobs", 256, 1000), ("filaments", 256, 200)]
+# (kind, voxels per axis, objects) -> largest number of bytes added per voxel
+MEMORY_TARGETS = {("blobs", 256, 1000): 8.0, ("shells", 256, 3): 14.0}
+GROWTH = [(n, objects) for n in (128, 256, 400) for objects in (20, 200, 1000, 5000)]
+
+
+def ellipsoid(shape: tuple[int, ...], centre: np.ndarray, radius: np.ndarray) -> tuple[tuple[slice, ...], np.ndarray]:
+    """Return the box of an axis-aligned ellipsoid clipped to the volume, and its mask inside that box."""
+    lower = np.clip(np.floor(centre - radius), 0, shape).astype(int)
+    upper = np.clip(np.ceil(centre + radius) + 1, 0, shape).astype(int)
+    axes = np.ogrid[tuple(slice(lo, hi) for lo, hi in zip(lower, upper, strict=True))]
+    inside = sum(((axis - c) / r) ** 2 for axis, c, r in zip(axes, centre, radius, strict=True)) <= 1
+    return tuple(slice(lo, hi) for lo, hi in zip(lower, upper, strict=True)), inside
+
+
+def add(volume: np.ndarray, label: int, centre: np.ndarray, radius: np.ndarray) -> None:
+    """Write the ellipsoid where the volume is still background."""
+    box, inside = ellipsoid(volume.shape, centre, radius)
+    view = volume[box]
+    view[inside & (view == 0)] = label
+
+
+def blobs(n: int, objects: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return (pred, truth), uint32 (n, n, n): ellipsoids on a jittered lattice, 15 % of the volume.
+
+    The prediction is shifted and rescaled, with 5 % each of misses, splits and merges, and 5 % false positives.
+    """
+    rng = np.random.default_rng(seed)
+    side = int(np.ceil(objects ** (1 / 3)))
+    cell = n / side
+    cells = rng.permutation(side**3)[:objects]
+    centres = (np.stack(np.unravel_index(cells, (side,) * 3), 1) + 0.5 + rng.uniform(-0.15, 0.15, (objects, 3))) * cell
+    typical = max(1.3, min(0.42 * cell, (0.15 * n**3 / objects * 3 / (4 * np.pi)) ** (1 / 3)))
+    radii = typical * rng.uniform(0.75, 1.15, (objects, 3))
+    truth, pred = np.zeros((n,) * 3, np.uint32), np.zeros((n,) * 3, np.uint32)
+    fate = rng.random(objects)
+    for i in range(objects):
+        add(truth, i + 1, centres[i], radii[i])
+        if fate[i] < 0.05:
+            continue
+        centre = centres[i] + rng.uniform(-1.5, 1.5, 3)
+        radius = np.maximum(1.2, radii[i] * rng.uniform(0.85, 1.15, 3))
+        add(pred, i + 1, centre, radius)
+        z, y, x = np.clip(centre, 0, n - 1).astype(int)
+        if fate[i] > 0.95:
+            plane = pred[z]
+            plane[plane == i + 1] = 0
+        elif fate[i] > 0.90:
+            pred[max(0, z - 1) : z + 1, max(0, y - 1) : y + 1, x : x + int(cell) + 1] = i + 1
+    for j in range(max(1, objects // 20)):
+        add(pred, objects + 1 + j, rng.uniform(0, n, 3), np.full(3, max(1.2, typical / 2)))
+    return pred, truth
+
+
+def filaments(n: int, objects: int, seed: int = 0, radius: float = 2.5) -> tuple[np.ndarray, np.ndarray]:
+    """Return (pred, truth), uint32 (n, n, n): thin diagonal rods whose boxes are far larger than they are."""
+    rng = np.random.default_rng(seed)
+    truth, pred = np.zeros((n,) * 3, np.uint32), np.zeros((n,) * 3, np.uint32)
+    ball = np.argwhere(((np.indices((7, 7, 7)) - 3) ** 2).sum(0) <= radius**2) - 3
+    steps = np.linspace(-0.4 * n, 0.4 * n, 2 * n)[:, None]
+    for i in range(objects):
+        centre, direction = rng.uniform(0.2 * n, 0.8 * n, 3), rng.standard_normal(3)
+        line = centre + steps * direction / np.linalg.norm(direction)
+        for volume, shift in ((truth, np.zeros(3)), (pred, rng.uniform(-1, 1, 3))):
+            points = ((line + shift)[:, None] + ball[None]).reshape(-1, 3).astype(int)
+            points = points[((points >= 0) & (points < n)).all(1)]
+            index = tuple(points.T)
+            volume[index] = np.where(volume[index] == 0, i + 1, volume[index])
+    return pred, truth
+
+
+def shells(n: int, objects: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return (pred, truth), uint32 (n, n, n): nested spherical shells, every box nearly the volume."""
+    distance = np.zeros((n,) * 3, np.float32)
+    for axis in np.ogrid[:n, :n, :n]:
+        distance += (axis - (n - 1) / 2).astype(np.float32) ** 2
+    np.sqrt(distance, out=distance)
+    truth, pred = np.zeros((n,) * 3, np.uint32), np.zeros((n,) * 3, np.uint32)
+    for i in range(objects):
+        outer = n / 2 - 8 * i - 1
+        truth[(distance < outer) & (distance > outer - 5)] = i + 1
+        pred[(distance < outer - 1) & (distance > outer - 6)] = i + 1
+    return pred, truth
+
+
+MAKERS: dict[str, Callable[[int, int], tuple[np.ndarray, np.ndarray]]] = {
+    "blobs": blobs,
+    "filaments": filaments,
+    "shells": shells,
+}
+
+
+def cpu_seconds(function: Callable[[], object], repeats: int) -> float:
+    """Return the least CPU time of this process that a call takes: the machine's other work only adds to it."""
+    times = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        function()
+        times.append(time.process_time() - begin)
+    return min(times)
+
+
+def resident_bytes() -> int:
+    """Return the memory of this process now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def added_bytes(function: Callable[[], object]) -> int:
+    """Return how far a call raises the resident memory of this process, sampled every millisecond."""
+    before, peak, done = resident_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, resident_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        function()
+    finally:
+        done.set()
+        watcher.join()
+    return max(0, peak - before)
+
+
+def write_sparse(folder: Path, shape: tuple[int, ...], voxels: np.ndarray, share: float, attributes: dict) -> None:
+    """Write a zarr v2 array in which that share of the chunks has a file, each of them with the same voxels."""
+    codec = numcodecs.Zstd(level=1)
+    folder.mkdir(parents=True)
+    meta = {"zarr_format": 2, "shape": shape, "chunks": voxels.shape, "dtype": voxels.dtype.str, "fill_value": 0}
+    meta |= {"compressor": codec.get_config(), "filters": None, "order": "C", "dimension_separator": "."}
+    (folder / ".zarray").write_text(json.dumps(meta))
+    (folder / ".zattrs").write_text(json.dumps(attributes))
+    data, every = bytes(codec.encode(voxels)), round(1 / share)
+    counts = [-(-n // c) for n, c in zip(shape, voxels.shape, strict=True)]
+    for i, index in enumerate(np.ndindex(*counts)):
+        if i % every == 0:
+            (folder / ".".join(map(str, index))).write_bytes(data)
+
+
+def blob_chunk(n: int, instance: bool) -> np.ndarray:
+    """Return a chunk (n, n, n) with a few objects."""
+    return blobs(n, 8)[0].astype(np.uint16 if instance else bool).astype(np.uint16 if instance else np.uint8)
+
+
+def check_seconds(manifest: str, workers: int) -> float:
+    """Return how long the flight check of a sparse submission of every row of the manifest takes (wall clock)."""
+    rows = read_manifest(manifest)
+    chunks = {instance: blob_chunk(64, instance) for instance in (False, True)}
+    with tempfile.TemporaryDirectory() as folder:
+        for row in rows:
+            place = {"voxel_size": row.lattice.voxel_nm, "translation": row.lattice.translation_nm}
+            voxels = chunks[is_instance(row.label)]
+            write_sparse(Path(folder) / row.crop / row.label, row.lattice.shape, voxels, 0.05, place)
+        begin = time.perf_counter()
+        problems = check(folder, rows, workers=workers)
+        logger.info("flight check of %d arrays: %d problems", len(rows), len(problems))
+        return time.perf_counter() - begin
+
+
+def streamed_bytes() -> int:
+    """Return the memory that scoring one semantic crop of 1000^3 voxels adds."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("pred", "truth"):
+            write_sparse(Path(folder) / "crop1" / name, (1000,) * 3, blob_chunk(128, False), 1.0, {})
+        crop = open_container(folder)
+        arrays = [crop.array("crop1", name) for name in ("pred", "truth")]
+        return added_bytes(lambda: score_semantic(*arrays))
+
+
+def plot_growth(path: str) -> None:
+    """Write the CPU seconds by number of objects and volume, with the official rules, as a figure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
+    for n in sorted({n for n, _ in GROWTH}):
+        counts = [objects for m, objects in GROWTH if m == n]
+        seconds = []
+        for objects in counts:
+            pred, truth = blobs(n, objects)
+            seconds.append(cpu_seconds(lambda p=pred, t=truth: score_instance(p, t, VOXEL_NM), 1))
+            logger.info("growth %d^3 with %d objects: %.2f s", n, objects, seconds[-1])
+        axes.loglog(counts, seconds, marker="o", label=f"{n}³ voxels")
+    axes.set(xlabel="truth objects", ylabel="CPU time (s)")
+    axes.legend()
+    figure.savefig(path)
+
+
+def main() -> int:
+    """Run the cases, log one line each, print the JSON line. Returns 0 if every target is met."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the three smaller cases, one repeat")
+    parser.add_argument("--case", action="append", help="KIND,N,OBJECTS; instead of the standard cases")
+    parser.add_argument("--manifest", help="also check a sparse submission of this manifest's rows")
+    parser.add_argument("--plot", help="write a figure of the growth with objects and volume to this file")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+
+    cases = QUICK if options.quick else list(TARGETS)
+    if options.case:
+        cases = [(kind, int(n), int(m)) for kind, n, m in (case.split(",") for case in options.case)]
+    repeats = 1 if options.quick else 2
+    ratios: dict[str, float] = {}
+    targets: dict[str, float] = {}
+    score_instance(*blobs(16, 3), VOXEL_NM)  # first calls load libraries
+    for kind, n, objects in cases:
+        pred, truth = MAKERS[kind](n, objects)
+        yardstick = cpu_seconds(lambda t=truth: distance_transform_edt(t == 0), repeats)
+        for rules, target in TARGETS.get((kind, n, objects), {"csc-2026.06": np.inf, "clean": np.inf}).items():
+            seconds = cpu_seconds(lambda p=pred, t=truth, r=rules: score_instance(p, t, VOXEL_NM, rules=r), repeats)
+            name = f"{kind}_{n}_{objects}_{rules}"
+            ratios[name] = round(seconds / yardstick, 3)
+            if np.isfinite(target):
+                targets[name] = target
+            logger.info("%s: %.2f s, yardstick %.2f s, ratio %.2f", name, seconds, yardstick, seconds / yardstick)
+    if not options.case:
+        for (kind, n, objects), target in MEMORY_TARGETS.items():
+            pred, truth = MAKERS[kind](n, objects)
+            name = f"{kind}_{n}_{objects}_added_bytes_per_voxel"
+            added = added_bytes(lambda p=pred, t=truth: score_instance(p, t, VOXEL_NM))
+            ratios[name], targets[name] = round(added / n**3, 2), target
+            logger.info("%s: %.2f", name, added / n**3)
+        pred, truth = blobs(256, 1000)
+        yardstick = cpu_seconds(lambda t=truth: distance_transform_edt(t == 0), 1)
+        ratios["semantic_256"] = round(cpu_seconds(lambda p=pred, t=truth: score_semantic(p, t), 1) / yardstick, 3)
+        targets["semantic_256"] = 0.1
+    if not options.case and not options.quick:
+        ratios["semantic_1000_added_gb"], targets["semantic_1000_added_gb"] = round(streamed_bytes() / 1e9, 2), 1.5
+    if options.manifest:
+        ratios["check_minutes"], targets["check_minutes"] = round(check_seconds(options.manifest, 2) / 60, 2), 2.0
+    if options.plot:
+        plot_growth(options.plot)
+    ok = all(ratios[name] <= target for name, target in targets.items())
+    print(json.dumps({"name": "scoring", "ratios": ratios, "targets": targets, "ok": ok}))
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,353 @@
+"""The challenge score: records of every (crop, label), pooled per class, and the formulas on the pools."""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from cellmap_pipe.errors import DataError
+from cellmap_pipe.evaluation.alignment import is_instance, match_geometry, offset_voxels, same_voxel
+from cellmap_pipe.evaluation.container import Container, open_container, shared_container
+from cellmap_pipe.evaluation.inputs import check_truth, slabs
+from cellmap_pipe.evaluation.instance import score_instance
+from cellmap_pipe.evaluation.rules import Rules, get_rules
+from cellmap_pipe.evaluation.semantic import score_semantic
+from cellmap_pipe.evaluation.tasks import run_tasks
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+Records = Mapping[str, Mapping[str, Mapping[str, Any]]] | Iterable[Mapping[str, Any]]
+
+# Bytes of working memory per voxel while a label is scored (measured, with a margin), the two volumes included
+INSTANCE_BYTES = 28
+SEMANTIC_BYTES = 12
+
+
+def missing_label(truth: Any, label: str) -> Record:
+    """Return the record of a label that was not submitted (CHALLENGE section 4.6).
+
+    truth: array (z, y, x), numpy or zarr. Every truth object is missed, or, for a semantic label, every voxel of the
+    crop, even where the truth is empty. Raises DataError for a truth that cannot be scored.
+    """
+    voxels = int(math.prod(truth.shape))
+    if not is_instance(label):
+        return {"tp": 0, "fp": 0, "fn": voxels, "status": "missing", "is_missing": True, "num_voxels": voxels}
+    ids: set[int] = set()
+    for part in slabs(truth.shape):
+        values = np.asarray(truth[part])
+        check_truth(values)
+        ids.update(np.unique(values).tolist())
+    n = len(ids - {0})
+    return {
+        "tp": 0,
+        "fp": 0,
+        "fn": n,
+        "hausdorff_norm_sum": 0.0,
+        "n_hausdorff": n,
+        "status": "missing",
+        "is_missing": True,
+        "num_voxels": voxels,
+    }
+
+
+def aggregate(records: Records, include_missing: bool = True) -> dict[str, Any]:
+    """Return the scores per class and overall (CHALLENGE section 4.7).
+
+    records: {crop: {label: record}}, or records that name their `label`. Counts are pooled per class over the crops;
+    the overall scores are plain means over classes, and their geometric mean. Records that failed are left out,
+    missing ones unless `include_missing`.
+    Result: label_scores {label: {f1, normalized_hausdorff_distance, combined_score | iou, tp, fp, fn}},
+    overall_instance_score, overall_semantic_score, overall_score.
+    """
+    pools: dict[str, dict[str, float]] = {}
+    for label, record in iterate(records):
+        if record.get("status") == "failed" or (record.get("is_missing") and not include_missing):
+            continue
+        pool = pools.setdefault(label, {"tp": 0, "fp": 0, "fn": 0})
+        for key in ("tp", "fp", "fn"):
+            pool[key] += record[key]
+        if "n_hausdorff" in record:
+            pool["sum"] = pool.get("sum", 0.0) + record["hausdorff_norm_sum"]
+            pool["n"] = pool.get("n", 0) + record["n_hausdorff"]
+    label_scores = {label: _class_score(pool) for label, pool in sorted(pools.items())}
+    instance = [score["combined_score"] for score in label_scores.values() if "combined_score" in score]
+    semantic = [score["iou"] for score in label_scores.values() if "iou" in score]
+    overall_instance = sum(instance) / len(instance) if instance else 0.0
+    overall_semantic = sum(semantic) / len(semantic) if semantic else 0.0
+    return {
+        "label_scores": label_scores,
+        "overall_instance_score": overall_instance,
+        "overall_semantic_score": overall_semantic,
+        "overall_score": math.sqrt(overall_instance * overall_semantic),
+    }
+
+
+def _class_score(pool: Mapping[str, float]) -> dict[str, float]:
+    tp, fp, fn = pool["tp"], pool["fp"], pool["fn"]
+    counts = {"tp": tp, "fp": fp, "fn": fn}
+    if "n" not in pool:
+        return {"iou": tp / (tp + fp + fn) if tp + fp + fn else 1.0, **counts}
+    if not tp + fp + fn and not pool["n"]:
+        f1 = distance = 1.0
+    else:
+        f1 = 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else 0.0
+        distance = pool["sum"] / pool["n"] if pool["n"] else 0.0
+    return {
+        "f1": f1,
+        "normalized_hausdorff_distance": distance,
+        "combined_score": math.sqrt(f1 * distance),
+        **counts,
+    }
+
+
+def iterate(records: Records) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield (label, record) of either form of records; entries that are no records (overall scores) are passed over."""
+    if not isinstance(records, Mapping):
+        for record in records:
+            yield record["label"], record
+        return
+    for crop in records.values():
+        if isinstance(crop, Mapping):
+            for label, record in crop.items():
+                if isinstance(record, Mapping) and ("status" in record or "is_missing" in record):
+                    yield label, record
+
+
+def bootstrap(records: Iterable[Mapping[str, Any]], n: int = 1000, seed: int = 0) -> dict[str, float]:
+    """Return the overall score with its 95 % bootstrap interval over crops: score, low, high, crops, resamples.
+
+    records: with `crop` and `label`. Crops are drawn with replacement, n times; a class that is in none of the drawn
+    crops is left out of that draw's means, as in `aggregate`.
+    """
+    records = [record for record in records if record.get("status") != "failed"]
+    crops = sorted({record["crop"] for record in records})
+    score = aggregate(records)["overall_score"]
+    if not crops:
+        return {"score": score, "low": 0.0, "high": 0.0, "crops": 0, "resamples": 0}
+    draws = np.random.default_rng(seed).multinomial(len(crops), [1 / len(crops)] * len(crops), size=n)
+    means: dict[str, list[np.ndarray]] = {"combined": [], "iou": []}
+    for label in sorted({record["label"] for record in records}):
+        table = np.zeros((len(crops), 6))
+        instance = False
+        for record in records:
+            if record["label"] == label:
+                instance = "n_hausdorff" in record
+                row = [record["tp"], record["fp"], record["fn"]]
+                row += [record.get("hausdorff_norm_sum", 0.0), record.get("n_hausdorff", 0), 1]
+                table[crops.index(record["crop"])] += row
+        tp, fp, fn, total, count, seen = (draws @ table).T
+        with np.errstate(divide="ignore", invalid="ignore"):
+            if instance:
+                f1 = np.where(tp + fp + fn > 0, 2 * tp / (2 * tp + fp + fn), np.where(count > 0, 0.0, 1.0))
+                distance = np.where(count > 0, total / count, np.where(tp + fp + fn > 0, 0.0, 1.0))
+                values = np.sqrt(f1 * distance)
+            else:
+                values = np.where(tp + fp + fn > 0, tp / (tp + fp + fn), 1.0)
+        means["combined" if instance else "iou"].append(np.where(seen > 0, values, np.nan))
+    overall = np.ones(n)
+    for values in means.values():
+        stacked = np.array(values) if values else np.zeros((0, n))
+        seen = np.count_nonzero(~np.isnan(stacked), axis=0)
+        overall *= np.where(seen > 0, np.nansum(stacked, axis=0) / np.maximum(seen, 1), 0.0)
+    low, high = np.percentile(np.sqrt(overall), [2.5, 97.5])
+    return {"score": score, "low": float(low), "high": float(high), "crops": len(crops), "resamples": n}
+
+
+def differing(first: Mapping[str, Mapping[str, Record]], second: Mapping[str, Mapping[str, Record]]) -> list[str]:
+    """Return the `crop/label` whose counts or distances differ between two sets of records, sorted."""
+    keys = ("tp", "fp", "fn", "hausdorff_norm_sum", "n_hausdorff", "status")
+    names = {(crop, label) for records in (first, second) for crop, labels in records.items() for label in labels}
+    return [
+        f"{crop}/{label}"
+        for crop, label in sorted(names)
+        if any(
+            first.get(crop, {}).get(label, {}).get(key) != second.get(crop, {}).get(label, {}).get(key) for key in keys
+        )
+    ]
+
+
+def score_submission(
+    submission: str | os.PathLike[str],
+    truth: str | os.PathLike[str],
+    *,
+    rules: str | Rules = "csc-2026.06",
+    workers: int = 1,
+    memory_gb: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Return the scores of a submission in the official result's schema, with the raw records.
+
+    submission: zip file, zarr folder, or the JSON of segmentations. truth: zarr folder or zip with arrays
+    crop{N}/{label} that carry voxel_size and translation (nm). memory_gb: of all workers together, default 80 % of
+    what is available. progress: called with (labels done, labels in all).
+    Further keys: records {crop: {label: record}}, failed ["crop/label: cause"], submitted_only (aggregate without
+    missing labels), rules, provisional, note, digests. A label that cannot be scored is reported and left out; the
+    others count. Raises DataError if submission or truth cannot be opened or share no crop.
+    """
+    rules = get_rules(rules)
+    answers, truths = open_container(submission), open_container(truth)
+    crops = truths.crops()
+    names = _match_crops(answers, crops)
+    tasks = [
+        LabelTask(str(submission), str(truth), crop, names.get(crop), label, rules.name)
+        for crop in crops
+        for label in truths.labels(crop)
+        if rules.masks_are_classes or not label.endswith("_mask")
+    ]
+    if not tasks:
+        raise DataError(f"{truth}: holds no arrays crop{{N}}/{{label}} of zarr v2")
+    costs = [task_bytes(truths, task.crop, task.label) for task in tasks]
+    records: dict[str, dict[str, Record]] = {crop: {} for crop in crops}
+    for done, (task, record) in enumerate(run_tasks(score_task, tasks, costs, workers, memory_gb), start=1):
+        records[task.crop][task.label] = record
+        if progress:
+            progress(done, len(tasks))
+    records = {crop: dict(sorted(labels.items())) for crop, labels in records.items() if labels}
+    failed = [
+        f"{crop}/{label}: {record['cause']}"
+        for crop, labels in records.items()
+        for label, record in labels.items()
+        if record["status"] == "failed"
+    ]
+    for line in failed:
+        logger.error("%s", line)
+    return {
+        **public_result(records),
+        "total_evals": len(tasks),
+        "num_evals_done": len(tasks) - len(failed),
+        "git_version": f"cellmap_pipe {version('cellmap_pipe')}",
+        "records": records,
+        "failed": failed,
+        "submitted_only": aggregate(records, include_missing=False),
+        "rules": rules.name,
+        "rules_description": rules.description,
+        "provisional": rules.provisional,
+        "note": rules.note,
+        "digests": {"submission": answers.digest(), "truth": truths.digest()},
+    }
+
+
+def public_result(records: Mapping[str, Mapping[str, Record]]) -> dict[str, Any]:
+    """Return the official public scores: formulas only, of labels submitted at least once, and overall over all."""
+    total = aggregate(records)
+    submitted = {
+        label for label, record in iterate(records) if not record.get("is_missing") and record["status"] != "failed"
+    }
+    return {
+        **total,
+        "label_scores": {
+            label: {key: value for key, value in score.items() if key not in ("tp", "fp", "fn")}
+            for label, score in total["label_scores"].items()
+            if label in submitted
+        },
+    }
+
+
+def score_table(result: Mapping[str, Any]) -> str:
+    """Return the scores of `score_submission` as a table for a terminal, with the rules and their caveat."""
+    lines = [f"{'label':<14}{'F1':>9}{'Hausdorff':>11}{'combined':>10}{'IoU':>9}"]
+    for label, score in result["label_scores"].items():
+        if "iou" in score:
+            lines.append(f"{label:<14}{'':>30}{score['iou']:>9.4f}")
+        else:
+            f1, distance = score["f1"], score["normalized_hausdorff_distance"]
+            lines.append(f"{label:<14}{f1:>9.4f}{distance:>11.4f}{score['combined_score']:>10.4f}")
+    names = {"overall_instance_score": "instance", "overall_semantic_score": "semantic", "overall_score": "overall"}
+    lines += [f"{name:<14}{result[key]:>9.4f}" for key, name in names.items()]
+    lines.append(f"{result['num_evals_done']} of {result['total_evals']} labels scored; rules {result['rules']}")
+    lines += [f"FAILED {line}" for line in result["failed"]]
+    lines.append(result["note"])
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class LabelTask:
+    """One (crop, label) to score: paths of submission and truth, the crop's name in the submission (None: missing)."""
+
+    submission: str
+    truth: str
+    crop: str
+    answer: str | None
+    label: str
+    rules: str
+
+
+def score_task(task: LabelTask) -> Record:
+    """Return the record of one (crop, label); status "failed" with its cause if it cannot be scored."""
+    try:
+        return _score_label(task)
+    except MemoryError:
+        raise
+    except DataError as error:
+        return {"status": "failed", "is_missing": False, "cause": str(error)}
+    except Exception as error:  # one label's fault must not cost the others their score
+        logger.exception("%s/%s", task.crop, task.label)
+        return {"status": "failed", "is_missing": False, "cause": f"{type(error).__name__}: {error}"}
+
+
+def _score_label(task: LabelTask) -> Record:
+    rules = get_rules(task.rules)
+    truth = shared_container(task.truth).array(task.crop, task.label)
+    if truth is None or truth.voxel_size is None:
+        raise DataError(f"{task.truth}: {task.crop}/{task.label} has no voxel_size; write it as attribute, in nm")
+    pred = None if task.answer is None else shared_container(task.submission).array(task.answer, task.label)
+    voxels = {"num_voxels": math.prod(truth.shape), "voxel_size": list(truth.voxel_size)}
+    if pred is None:
+        return {**missing_label(truth, task.label), **voxels}
+    mask = shared_container(task.truth).array(task.crop, f"{task.label}_mask")
+    translation = truth.translation or (0.0, 0.0, 0.0)
+    offset = offset_voxels(pred.voxel_size, pred.translation, truth.voxel_size, translation, rules)
+    in_place = (
+        pred.voxel_size is not None
+        and same_voxel(pred.voxel_size, truth.voxel_size)
+        and pred.shape == truth.shape
+        and not any(offset)
+        and (rules.official_alignment or pred.dtype.kind != "f")
+    )
+    if in_place and not is_instance(task.label):
+        return {**score_semantic(pred, truth, mask), **voxels, "is_missing": False}
+    aligned = match_geometry(
+        pred[:],
+        task.label,
+        pred.voxel_size,
+        pred.translation,
+        truth.voxel_size,
+        truth.shape,
+        translation,
+        rules,
+    )
+    known = None if mask is None else mask[:]
+    if is_instance(task.label):
+        record = score_instance(aligned, truth[:], truth.voxel_size, known, rules)
+    else:
+        record = score_semantic(aligned, truth, known)
+    return {**record, **voxels, "is_missing": False}
+
+
+def task_bytes(truths: Container, crop: str, label: str) -> int:
+    """Return an estimate of the memory that scoring one label takes; 0 where its metadata cannot be read."""
+    try:
+        truth = truths.array(crop, label)
+    except DataError:
+        return 0
+    voxels = 0 if truth is None else math.prod(truth.shape)
+    return voxels * (INSTANCE_BYTES if is_instance(label) else SEMANTIC_BYTES)
+
+
+def _match_crops(answers: Container, crops: Sequence[str]) -> dict[str, str]:
+    """Return the submission's folder of every truth crop that it answers; `crop` may be left out of all names."""
+    folders = answers.crops()
+    names = {crop: crop for crop in crops if crop in folders}
+    if not names:
+        names = {f"crop{folder}": folder for folder in folders if f"crop{folder}" in crops}
+    if not names:
+        raise DataError(
+            f"{answers.path}: none of its folders ({', '.join(folders[:5]) or 'none'}) is a crop of the truth"
+        )
+    return names

@@ -1,0 +1,299 @@
+"""Label arrays `crop{N}/{label}` of zarr v2 in a folder or a zip file, read chunk by chunk.
+
+Nothing is unpacked, absent chunks are not made, and a damaged chunk is named: a submission and its truth can be far
+larger than memory.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from functools import cached_property, lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numcodecs
+import numpy as np
+
+from cellmap_pipe.errors import DataError
+from cellmap_pipe.files import digest, file_digest, read_json
+
+
+class Container:
+    """The files of a submission by name, `/` between folders; see `open_container`."""
+
+    path: str
+
+    def read(self, name: str) -> bytes | None:
+        """Return the bytes of a file, None if there is none."""
+        raise NotImplementedError
+
+    def children(self, folder: str) -> list[str]:
+        """Return the sorted names of files and folders directly in `folder` ("" is the root)."""
+        raise NotImplementedError
+
+    def files(self, folder: str) -> Iterator[tuple[str, int]]:
+        """Yield name and stored size of every file below `folder`, in sorted order."""
+        raise NotImplementedError
+
+    def digest(self) -> str:
+        """Return a SHA-256: of the zip file, or of the names and sizes of the files of a folder."""
+        return digest([list(entry) for entry in self.files("")])
+
+    def crops(self) -> list[str]:
+        """Return the sorted names of the folders in the root."""
+        return [name for name in self.children("") if self.children(name)]
+
+    def labels(self, crop: str) -> list[str]:
+        """Return the sorted names of the crop's arrays; groups (multiscale images) are not among them."""
+        return [name for name in self.children(crop) if self.read(f"{crop}/{name}/.zarray") is not None]
+
+    def array(self, crop: str, label: str) -> "ChunkedArray | None":
+        """Return an array of the crop ("": of the root), None if there is none. Raises DataError for bad metadata."""
+        name = f"{crop}/{label}" if crop else label
+        meta = self.read(f"{name}/.zarray")
+        return None if meta is None else ChunkedArray(self, name, meta)
+
+
+class FolderContainer(Container):
+    """A folder on disk. roots: folders that stand for names in the root, where they lie elsewhere."""
+
+    def __init__(self, path: str, folder: Path, roots: dict[str, Path] | None = None) -> None:
+        self.path, self._folder, self._roots = path, folder, roots
+
+    def locate(self, name: str) -> Path:
+        """Return where a file or folder of that name is on disk."""
+        if self._roots is None:
+            return self._folder / name
+        first, _, rest = name.partition("/")
+        return self._roots[first] / rest if first in self._roots else self._folder / ".absent" / name
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return self.locate(name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+
+    def children(self, folder: str) -> list[str]:
+        if folder == "" and self._roots is not None:
+            return sorted(self._roots)
+        try:
+            return sorted(path.name for path in self.locate(folder).iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def files(self, folder: str) -> Iterator[tuple[str, int]]:
+        for name in self.children(folder):
+            inner = f"{folder}/{name}" if folder else name
+            path = self.locate(inner)
+            if path.is_dir():
+                yield from self.files(inner)
+            else:
+                yield inner, path.stat().st_size
+
+
+class ZipContainer(Container):
+    """A zip file. prefix: the folder in it that is the root, "" or with a trailing slash."""
+
+    def __init__(self, path: str, archive: zipfile.ZipFile, prefix: str) -> None:
+        self.path, self._archive = path, archive
+        self._sizes: dict[str, int] = {}
+        self._children: dict[str, set[str]] = {"": set()}
+        self._prefix = prefix
+        for info in archive.infolist():
+            if info.is_dir() or not info.filename.startswith(prefix):
+                continue
+            name = info.filename[len(prefix) :]
+            self._sizes[name] = info.file_size
+            while name:
+                folder, _, leaf = name.rpartition("/")
+                siblings = self._children.setdefault(folder, set())
+                if leaf in siblings:
+                    break
+                siblings.add(leaf)
+                name = folder
+
+    def read(self, name: str) -> bytes | None:
+        if name not in self._sizes:
+            return None
+        try:
+            return self._archive.read(self._prefix + name)
+        except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+            raise DataError(f"{self.path}: member {name} cannot be read ({error}); pack it again") from error
+
+    def children(self, folder: str) -> list[str]:
+        return sorted(self._children.get(folder, ()))
+
+    def files(self, folder: str) -> Iterator[tuple[str, int]]:
+        for name in self.children(folder):
+            inner = f"{folder}/{name}" if folder else name
+            if inner in self._sizes:
+                yield inner, self._sizes[inner]
+            else:
+                yield from self.files(inner)
+
+    def digest(self) -> str:
+        return file_digest(self.path)
+
+
+class ChunkedArray:
+    """A zarr v2 array of a container: `shape`, `chunks`, `dtype`, `attributes`; read by planes or boxes.
+
+    Reading raises DataError naming the damaged chunk.
+    """
+
+    def __init__(self, container: Container, name: str, meta: bytes) -> None:
+        self._container, self.name = container, name
+        try:
+            self.meta: dict[str, Any] = json.loads(meta)
+            self.shape = tuple(int(n) for n in self.meta["shape"])
+            self.chunks = tuple(int(n) for n in self.meta["chunks"])
+            self.dtype = np.dtype(self.meta["dtype"])
+            separator = self.meta.get("dimension_separator", ".")
+            codecs = [*(self.meta.get("filters") or []), *filter(None, [self.meta.get("compressor")])]
+            self._codecs = [numcodecs.get_codec(dict(codec)) for codec in codecs]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{name}/.zarray is not understood ({type(error).__name__}: {error})") from error
+        self._separator = str(separator)
+        attributes = container.read(f"{name}/.zattrs")
+        try:
+            self.attributes: dict[str, Any] = json.loads(attributes) if attributes else {}
+        except ValueError as error:
+            raise DataError(f"{name}/.zattrs is not JSON ({error})") from error
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def _vector(self, keys: Sequence[str]) -> tuple[float, ...] | None:
+        for key in keys:
+            if self.attributes.get(key) is not None:
+                try:
+                    return tuple(float(v) for v in self.attributes[key])
+                except (TypeError, ValueError):
+                    raise DataError(f"{self.name}/.zattrs: {key} {self.attributes[key]!r} is not a list") from None
+        return None
+
+    @cached_property
+    def voxel_size(self) -> tuple[float, ...] | None:
+        """Voxel size (z, y, x) in nm by any of the names that the evaluator knows, None if there is none."""
+        return self._vector(("voxel_size", "resolution", "scale"))
+
+    @cached_property
+    def translation(self) -> tuple[float, ...] | None:
+        """World position of voxel 0 (z, y, x) in nm by any of the names that the evaluator knows, or None."""
+        return self._vector(("translation", "offset"))
+
+    def key(self, index: Sequence[int]) -> str:
+        """Return the name of a chunk's file in the container."""
+        return f"{self.name}/{self._separator.join(map(str, index))}"
+
+    def stored_chunks(self) -> Iterator[tuple[int, ...]]:
+        """Yield the indices of the chunks that have a file; the others hold the fill value."""
+        n = self.ndim
+        skip = len(self.name) + 1
+        for name, _ in self._container.files(self.name):
+            parts = name[skip:].split(self._separator)
+            if len(parts) == n and all(part.isdigit() for part in parts):
+                yield tuple(map(int, parts))
+
+    def chunk(self, index: Sequence[int]) -> np.ndarray | None:
+        """Return the voxels of a chunk that lie inside the array, None if it has no file."""
+        name = self.key(index)
+        data: Any = self._container.read(name)
+        if data is None:
+            return None
+        try:
+            for codec in reversed(self._codecs):
+                data = codec.decode(data)
+            voxels = np.frombuffer(data, self.dtype).reshape(self.chunks, order=self.meta.get("order", "C"))
+        except MemoryError:
+            raise
+        except Exception as error:  # codecs raise many kinds; all mean that the chunk is damaged
+            raise DataError(f"{name}: damaged chunk ({type(error).__name__}: {error}); write it again") from error
+        return voxels[tuple(slice(0, n - i * c) for n, i, c in zip(self.shape, index, self.chunks, strict=True))]
+
+    def read(self, lower: Sequence[int], upper: Sequence[int]) -> np.ndarray:
+        """Return the voxels of the box [lower, upper)."""
+        fill = self.meta.get("fill_value")
+        box = np.full([hi - lo for lo, hi in zip(lower, upper, strict=True)], 0 if fill is None else fill, self.dtype)
+        ranges = [range(lo // c, -(-hi // c)) for lo, hi, c in zip(lower, upper, self.chunks, strict=True)]
+        for index in product(*ranges):
+            voxels = self.chunk(index)
+            if voxels is None:
+                continue
+            start = [i * c for i, c in zip(index, self.chunks, strict=True)]
+            begin = [max(lo, s) for lo, s in zip(lower, start, strict=True)]
+            end = [min(hi, s + n) for hi, s, n in zip(upper, start, voxels.shape, strict=True)]
+            source = tuple(slice(b - s, e - s) for b, e, s in zip(begin, end, start, strict=True))
+            box[tuple(slice(b - lo, e - lo) for b, e, lo in zip(begin, end, lower, strict=True))] = voxels[source]
+        return box
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Return whole planes along the first axis."""
+        start, stop, _ = part.indices(self.shape[0])
+        return self.read([start, *[0] * (self.ndim - 1)], [stop, *self.shape[1:]])
+
+
+def open_container(path: str | os.PathLike[str]) -> Container:
+    """Return the container of a submission or of a truth: zip file, zarr folder, or the JSON of our segmentations.
+
+    A folder that holds one zip, or one folder `*.zarr`, stands for that one, as in the evaluator.
+    Raises DataError, naming what is there instead.
+    """
+    path = Path(path)
+    if path.suffix == ".json":
+        return _segmentations(path)
+    if path.is_file():
+        return _zip(path)
+    if not path.is_dir():
+        raise DataError(f"{path}: there is no such submission; give a zip file or a zarr folder")
+    zips = sorted(path.glob("*.zip"))
+    if len(zips) > 1:
+        raise DataError(f"{path}: holds {len(zips)} zip files; give one of them")
+    if zips:
+        return _zip(zips[0])
+    inner = sorted(folder for folder in (*path.glob("*.zarr"), *path.glob("*/*.zarr")) if folder.is_dir())
+    if len(inner) > 1:
+        raise DataError(f"{path}: holds {len(inner)} zarr folders; exactly one must be submitted")
+    return FolderContainer(str(path), inner[0] if inner else path)
+
+
+def shared_container(path: str) -> Container:
+    """Return `open_container(path)`, kept open by this process for as long as the file or folder stays as it is."""
+    status = Path(path).stat()
+    return _kept_open(path, status.st_mtime_ns, status.st_size, os.getpid())
+
+
+@lru_cache(maxsize=4)
+def _kept_open(path: str, changed_ns: int, size: int, process: int) -> Container:
+    # The process is part of the key because forked workers would share the position in an open zip file
+    return open_container(path)
+
+
+def _zip(path: Path) -> ZipContainer:
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DataError(f"{path}: is not a readable zip file ({error})") from error
+    prefixes = set()
+    for name in archive.namelist():
+        parts = name.split("/")
+        for depth, part in enumerate(parts[:-1]):
+            if part.endswith(".zarr"):
+                prefixes.add("/".join(parts[: depth + 1]) + "/")
+                break
+    if len(prefixes) > 1:
+        raise DataError(f"{path}: holds {len(prefixes)} zarr folders; exactly one must be submitted")
+    return ZipContainer(str(path), archive, prefixes.pop() if prefixes else "")
+
+
+def _segmentations(path: Path) -> FolderContainer:
+    records = read_json(path, "write it again with -R segment").get("records", [])
+    roots = {
+        record["name"].rpartition("/")[2]: path.parent / record["path"]
+        for record in records
+        if record.get("status") == "ok"
+    }
+    return FolderContainer(str(path), path.parent, roots)

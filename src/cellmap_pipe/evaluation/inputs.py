@@ -1,0 +1,54 @@
+"""Checks of the arrays that are scored, and their slabs along z."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from cellmap_pipe.errors import DataError
+
+LARGEST_ID = 2**32
+# Voxels per slab: temporary arrays of a few tens of megabytes
+SLAB_VOXELS = 8_000_000
+
+
+def check_shapes(pred: Any, truth: Any, mask: Any = None) -> None:
+    """Raise DataError unless the arrays (z, y, x) are 3-D, not empty and of one shape."""
+    for name, array in (("truth", truth), ("prediction", pred), ("mask", mask)):
+        if array is None:
+            continue
+        if len(array.shape) != 3:
+            raise DataError(f"{name} has shape {tuple(array.shape)}; three axes (z, y, x) are needed")
+        if 0 in array.shape:
+            raise DataError(f"{name} is empty: shape {tuple(array.shape)}")
+        if tuple(array.shape) != tuple(truth.shape):
+            raise DataError(
+                f"{name} has shape {tuple(array.shape)}, truth {tuple(truth.shape)}; align it with match_geometry first"
+            )
+
+
+def check_truth(truth: np.ndarray) -> None:
+    """Raise DataError unless truth holds whole numbers from 0 to 2^32."""
+    if truth.dtype.kind not in "bui":
+        raise DataError(f"truth has dtype {truth.dtype}; labels must be integers or bool")
+    if truth.dtype.kind == "i" and int(truth.min()) < 0:
+        raise DataError(f"truth has negative ids (smallest {int(truth.min())}); 0 is background, objects are positive")
+    if truth.dtype.itemsize > 4 and int(truth.max()) > LARGEST_ID:
+        raise DataError(f"truth has ids above 2^32 (largest {int(truth.max())}); renumber its objects")
+
+
+def check_pred(pred: np.ndarray) -> None:
+    """Raise DataError unless the prediction is of bool, integers or finite floats."""
+    if pred.dtype.kind not in "buif":
+        raise DataError(f"prediction has dtype {pred.dtype}; bool, integers or floats are needed")
+    if pred.dtype.kind == "f" and not np.isfinite(pred).all():
+        raise DataError("prediction has values that are not finite (NaN or infinity)")
+    if pred.dtype.kind in "ui" and pred.dtype.itemsize > 4 and int(pred.max(initial=0)) > LARGEST_ID:
+        raise DataError(f"prediction has ids above 2^32 (largest {int(pred.max())}); renumber its objects")
+
+
+def slabs(shape: Sequence[int], chunk_z: int = 1) -> Iterator[slice]:
+    """Yield slices along z that cover `shape` (z, y, x): whole chunks, about SLAB_VOXELS each, at least one chunk."""
+    thickness = max(1, SLAB_VOXELS // max(1, shape[1] * shape[2]) // chunk_z) * chunk_z
+    for start in range(0, shape[0], thickness):
+        yield slice(start, min(start + thickness, shape[0]))

@@ -1,0 +1,68 @@
+"""The challenge's list of (crop, label) rows with their geometry: `test_crop_manifest.csv` and tables like it."""
+
+import csv
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cellmap_pipe.errors import ConfigError, GeometryError
+from cellmap_pipe.geometry import Lattice, shape3, vec3
+
+GEOMETRY = ("voxel_size", "translation", "shape")
+COLUMNS = ("crop_name", "class_label", *GEOMETRY)
+
+
+@dataclass(frozen=True)
+class ManifestRow:
+    """One array that a submission must hold. crop: `crop557`; label: class name; lattice: its voxels in nm."""
+
+    crop: str
+    dataset: str
+    label: str
+    lattice: Lattice
+
+
+def read_manifest(
+    path: str | os.PathLike[str], all_labels: Sequence[str] = (), boxes: Mapping[str, Lattice] | None = None
+) -> list[ManifestRow]:
+    """Return the rows of the manifest, sorted by crop and label.
+
+    A row with an empty class_label stands for `all_labels`; one without geometry takes it from `boxes`, by crop.
+    Vectors are written `[z;y;x]`.
+    Raises ConfigError naming the file, the line and what is wrong there.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            table = list(csv.DictReader(stream))
+    except OSError as error:
+        raise ConfigError(f"{path}: the manifest cannot be read ({error})") from error
+    missing = [name for name in COLUMNS if table and name not in table[0]]
+    if missing or not table:
+        raise ConfigError(f"{path}: is not a manifest of crops; its columns must include {', '.join(COLUMNS)}")
+    rows: dict[tuple[str, str], ManifestRow] = {}
+    for line, entry in enumerate(table, start=2):
+        number = entry["crop_name"].strip()
+        crop = f"crop{number}" if number.isdigit() else number
+        try:
+            geometry = [(entry[column] or "").strip() for column in GEOMETRY]
+            if not any(geometry) and boxes is not None and crop in boxes:
+                lattice = boxes[crop]
+            else:
+                lattice = Lattice(
+                    vec3(_vector(geometry[0])),
+                    vec3(_vector(geometry[1])),
+                    shape3([int(n) for n in _vector(geometry[2])]),
+                )
+        except (ValueError, TypeError, AttributeError, GeometryError) as error:
+            raise ConfigError(f"{path}: line {line}: {error}; vectors are written [z;y;x]") from error
+        label = (entry["class_label"] or "").strip()
+        for each in [label] if label else all_labels:
+            row = ManifestRow(crop, (entry.get("dataset") or "").strip(), each, lattice)
+            if rows.setdefault((row.crop, each), row) != row:
+                raise ConfigError(f"{path}: line {line}: {row.crop}/{each} is listed twice with different geometry")
+    return [rows[key] for key in sorted(rows)]
+
+
+def _vector(text: str) -> list[float]:
+    return [float(number) for number in re.split(r"[;,\s]+", text.strip().strip("[]()")) if number]

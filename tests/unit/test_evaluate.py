@@ -1,0 +1,202 @@
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import zarr
+
+from cellmap_pipe.classes import score_ceiling
+from cellmap_pipe.errors import ConfigError, ContractError
+from cellmap_pipe.evaluation import aggregate, score_instance, score_semantic
+from cellmap_pipe.evaluation.crops import evaluate_fold
+
+VOXEL, TRANSLATION, SHAPE = (4.0, 4.0, 4.0), (10.0, 20.0, 32.5), (16, 16, 16)
+CLASSES = ["mito_mem", "er", "mito", "nuc"]
+
+
+def truth_of(crop):
+    rng = np.random.default_rng(crop)
+    mito = np.zeros(SHAPE, np.uint16)
+    mito[1:5, 1:5, 1:5], mito[8:14, 8:14, 8:14] = 1, 2
+    er = (rng.random(SHAPE) > 0.7).astype(np.uint8)
+    er[:, :3] = 255
+    return {"mito": mito, "er": er, "mito_mem": np.zeros(SHAPE, np.uint8)}
+
+
+def answer_of(crop):
+    truth = truth_of(crop)
+    er = np.roll(truth["er"], 1, 0)
+    er[er == 255] = 1
+    return {"mito": np.roll(truth["mito"], 1, 2), "er": er, "mito_mem": truth["mito_mem"]}
+
+
+@pytest.fixture
+def fold(tmp_path, ngff):
+    """Two crops with original labels, their segmentations, crops.csv; returns (folder, options of evaluate_fold)."""
+    rows, records = [], []
+    for crop in (1, 2):
+        labels = f"jrc_x/jrc_x.zarr/labels/crop{crop}"
+        for name, values in truth_of(crop).items():
+            kind = "instance_segmentation" if name == "mito" else "semantic_segmentation"
+            ngff(
+                tmp_path / "data" / labels / name,
+                values,
+                VOXEL,
+                TRANSLATION,
+                levels=2,
+                annotation={"class_name": name, "annotation_type": {"type": kind, "encoding": {"unknown": 255}}},
+            )
+        for name, values in answer_of(crop).items():
+            array = zarr.create_array(
+                tmp_path / f"volumes/{crop}.zarr/{name}",
+                shape=SHAPE,
+                chunks=(8,) * 3,
+                dtype=values.dtype,
+                zarr_format=2,
+            )
+            array[:] = values
+            array.attrs.update({"voxel_size": VOXEL, "translation": TRANSLATION, "shape": SHAPE})
+        shape = ";".join(map(str, SHAPE))
+        rows.append({"crop": f"jrc_x/crop{crop}", "labels": labels, "annotated": "mito_mem;er;mito", "shape": shape})
+        target = {"voxel_nm": VOXEL, "translation_nm": TRANSLATION, "shape": SHAPE}
+        classes = ["mito_mem", "er", "mito"]
+        record = {"name": f"jrc_x/crop{crop}", "dataset": "jrc_x", "status": "ok", "cause": "", "target": target}
+        records.append({**record, "path": f"volumes/{crop}.zarr", "classes": classes})
+    with open(tmp_path / "crops.csv", "w", newline="") as stream:
+        table = csv.DictWriter(stream, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    return tmp_path, records
+
+
+def evaluate(fold, *, rules="csc-2026.06", workers=1, classes=CLASSES):
+    path, records = fold
+    (path / "validation.json").write_text(
+        json.dumps({"model": "net", "fold": "0", "subset": "validation", "records": records})
+    )
+    evaluate_fold(
+        path / "validation.json",
+        path / "crops.csv",
+        path / "data",
+        path / "scores.json",
+        rules=rules,
+        classes=classes,
+        workers=workers,
+    )
+    return json.loads((path / "scores.json").read_text())
+
+
+def test_records_are_those_of_the_original_labels_with_unknown_voxels_masked(fold):
+    result = evaluate(fold)
+    by_name = {(record["crop"], record["label"]): record for record in result["records"]}
+    assert len(by_name) == 6
+    for crop in (1, 2):
+        truth, answer = truth_of(crop), answer_of(crop)
+        er = by_name[f"jrc_x/crop{crop}", "er"]
+        known = truth["er"] != 255
+        expected = score_semantic(answer["er"], truth["er"], known)
+        assert {key: er[key] for key in expected} == expected
+        assert er["known_voxels"] == known.sum() and er["num_voxels"] == 16**3
+        mito = by_name[f"jrc_x/crop{crop}", "mito"]
+        expected = score_instance(answer["mito"], truth["mito"], VOXEL)
+        assert {key: mito[key] for key in expected} == expected
+        a, t = answer["mito"] > 0, truth["mito"] > 0
+        assert mito["dice"] == pytest.approx(2 * (a & t).sum() / (a.sum() + t.sum()))
+    assert result["aggregate"] == aggregate(result["records"])
+    assert (result["model"], result["fold"], result["rules"]) == ("net", "0", "csc-2026.06")
+    assert "may differ" in result["note"] and not result["provisional"]
+    assert result["ceiling"] == score_ceiling(CLASSES)
+
+
+def test_mean_dice_is_over_classes_that_are_present(fold):
+    result = evaluate(fold, workers=2)
+    assert result["dice"]["mito_mem"] is None
+    values = [result["dice"]["er"], result["dice"]["mito"]]
+    assert result["mean_dice"] == pytest.approx(sum(values) / 2)
+    assert result == evaluate(fold)
+
+
+def test_all_background_is_scored_beside_the_answer(fold):
+    result = evaluate(fold)
+    background = result["background"]["label_scores"]
+    assert background["er"]["iou"] == 0 and background["mito_mem"]["iou"] == 1
+    assert background["mito"]["tp"] == 0 and background["mito"]["fn"] == 4
+    assert result["aggregate"]["overall_score"] > result["background"]["overall_score"]
+    assert result["interval"]["low"] <= result["interval"]["score"] <= result["interval"]["high"]
+
+
+def test_failed_volumes_miss_their_labels_and_those_of_other_grids_are_left_out(fold):
+    path, records = fold
+    records[0] = {"name": "jrc_x/crop1", "dataset": "jrc_x", "status": "failed", "cause": "EM not on disk"}
+    result = evaluate((path, records))
+    missing = [record for record in result["records"] if record["crop"] == "jrc_x/crop1"]
+    assert {record["status"] for record in missing} == {"missing"} and len(missing) == 3
+    counts = {record["label"]: record["fn"] for record in missing}
+    assert counts == {"er": 16**3, "mito_mem": 16**3, "mito": 2}
+    records[0]["status"] = "not served"
+    result = evaluate((path, records))
+    assert result["not_served"] == ["jrc_x/crop1"]
+    assert {record["crop"] for record in result["records"]} == {"jrc_x/crop2"}
+
+
+def test_an_annotated_class_without_segmentation_is_missing(fold):
+    path, records = fold
+    for record in records:
+        record["classes"].remove("er")
+        shutil.rmtree(path / record["path"] / "er")
+    result = evaluate((path, records))
+    assert {record["status"] for record in result["records"] if record["label"] == "er"} == {"missing"}
+    assert result["dice"]["er"] == 0
+
+
+def test_unreadable_labels_are_recorded_and_the_others_scored(fold):
+    path, _ = fold
+    labels = path / "data/jrc_x/jrc_x.zarr/labels"
+    (labels / "crop1/er/s0/0/0/0").write_bytes(b"broken")
+    shutil.rmtree(labels / "crop2/mito")
+    (labels / "crop2/mito").mkdir()
+    result = evaluate(fold)
+    assert [line.partition(":")[0] for line in result["failed"]] == ["jrc_x/crop1/er", "jrc_x/crop2/mito"]
+    assert "damaged chunk" in result["failed"][0]
+    assert result["aggregate"]["label_scores"]["er"]["tp"] > 0
+
+
+def test_a_damaged_chunk_of_the_segmentation_is_recorded(fold):
+    path, records = fold
+    chunk = next(
+        p for p in sorted((path / records[1]["path"] / "mito").rglob("*")) if p.is_file() and p.name[0].isdigit()
+    )
+    chunk.write_bytes(b"broken")
+    result = evaluate(fold)
+    assert len(result["failed"]) == 1 and "crop2/mito" in result["failed"][0]
+
+
+def test_segmentations_on_other_voxels_are_aligned_by_the_rules(fold):
+    path, records = fold
+    for name in ("er", "mito"):
+        group = path / records[0]["path"] / name
+        attributes = json.loads((group / ".zattrs").read_text())
+        attributes["translation"] = [TRANSLATION[0] + 4, *TRANSLATION[1:]]
+        (group / ".zattrs").write_text(json.dumps(attributes))
+    result = evaluate(fold)
+    # The target is off the voxel grid: officially one voxel short, by `clean` not
+    assert result["differs"] == ["jrc_x/crop1/er", "jrc_x/crop1/mito"]
+    assert len(result["clean_records"]) == 2
+    assert result["clean"]["overall_score"] != result["aggregate"]["overall_score"]
+
+
+def test_provisional_rules_are_marked(fold):
+    result = evaluate(fold, rules="csc-2026.07")
+    assert result["provisional"] and "provisional" in result["note"]
+
+
+def test_contracts_and_configuration_are_checked(fold):
+    path, records = fold
+    with pytest.raises(ConfigError, match="unknown class"):
+        evaluate(fold, classes=["mitoo"])
+    with pytest.raises(ConfigError, match="unknown version"):
+        evaluate(fold, rules="csc")
+    records.append({**records[0], "name": "jrc_x/crop99"})
+    with pytest.raises(ContractError, match="crop99"):
+        evaluate((path, records))
