@@ -7,6 +7,7 @@ import nibabel
 import numpy as np
 import pytest
 
+from cellmap_pipe.config import RESULT_VERSIONS
 from cellmap_pipe.errors import CellmapError, ConfigError, ContractError
 from cellmap_pipe.files import digest
 from cellmap_pipe.geometry import Lattice
@@ -113,14 +114,14 @@ def test_converting_again_gives_the_same_bytes_by_any_number_of_workers(project)
 
 
 def test_the_results_of_this_version_are_pinned(project):
-    """Library code triggers no rerun: whoever changes a result here raises RESULT_VERSION and pins the new digest."""
+    """Library code triggers no rerun: whoever changes a result raises its version and pins the new digest."""
     record = project.convert()["crop2"]
     paths = bulk_paths(project.nifti, "jrc_a/crop2")
     content = read_nifti(paths["image"]).tobytes() + read_nifti(paths["label"]).tobytes()
     pinned = {1: "bc03f758d168b383"}
     assert (
         digest([hashlib.sha256(content).hexdigest(), record["table"], record["counts"]])[:16]
-        == (pinned[convert.RESULT_VERSION])
+        == pinned[RESULT_VERSIONS["convert"]]
     )
 
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numcodecs  # type: ignore[import-untyped]
+import numcodecs
 import zarr
 
 from cellmap_pipe.colours import colour_of

@@ -101,12 +101,14 @@ def chunk_shard(
     """Write the store's files of the kept crops of one shard, then `out_json` with their records.
 
     quality_csv: verdicts of the grid's crops. convert_json: the shard's converted crops. Files that were made of the
-    same input and `revision` are left as they are; those of crops that are no longer kept are deleted. A crop that fails does not stop
-    the others, but the job then ends with an error and without `out_json`: a crop that passed the quality check must
-    not get lost on the way.
+    same input and `revision` are left as they are; those of crops that are no longer kept are deleted. A crop that
+    fails does not stop the others, but the job then ends with an error and without `out_json`: a crop that passed the
+    quality check must not get lost on the way.
     Raises CellmapError naming the crop that failed, the reason and the remedy.
     """
-    settings = ChunkSettings(Path(data_root), Path(nifti_dir), Path(store_dir), float(context_nm), float(max_upsample), revision)
+    settings = ChunkSettings(
+        Path(data_root), Path(nifti_dir), Path(store_dir), float(context_nm), float(max_upsample), revision
+    )
     converted = read_json(convert_json, CONVERT_REMEDY)
     verdicts = read_verdicts(quality_csv)
     kept = [record for record in converted["records"] if verdicts.get(record["crop"]) == KEEP]

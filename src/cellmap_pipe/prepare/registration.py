@@ -1,9 +1,9 @@
 """Whether labels lie where the image shows them: a comparison of EM and labels under all shifts of up to 48 voxels.
 
 Membranes are dark, lumens bright, so the EM, smoothed and freed of slow gradients, correlates with the indicator of a
-class, one sign or the other, and most where both are in register. The normalised cross-correlations of a few classes are
-computed for all shifts at once by FFT, and their squares added. A crop whose labels were displaced against its image
-shows a clear maximum elsewhere; one without usable boundaries (all nucleus, or blank) shows none at all.
+class, with one sign or the other, and most where both are in register. The normalised cross-correlations of a few
+classes are computed for all shifts at once by FFT, and their squares added. A crop whose labels were displaced against
+its image shows a clear maximum elsewhere; one without usable boundaries (all nucleus, or blank) shows none at all.
 Arrays are (z, y, x); shifts are in voxels of the grid.
 """
 
@@ -43,7 +43,8 @@ class Registration:
     """How well labels and image agree in place.
 
     verdict: "in place", "displaced" or "not assessable". shift: (z, y, x) voxels by which the labels would have to move
-    for the best agreement. best, identity: the agreement there and in place, in 0..sqrt(classes). classes: those compared.
+    for the best agreement. best, identity: the agreement there and in place, from 0 to the root of the number of
+    classes. classes: those compared.
     """
 
     verdict: str
@@ -115,8 +116,8 @@ class _Comparison:
     def correlation(self, states: np.ndarray) -> np.ndarray:
         """Return the normalised cross-correlation with a class for all shifts, float32, identity in the middle.
 
-        states: of the image's shape. The value at index i belongs to labels moved by i - n // 2 voxels per axis, n being
-        the result's (odd) size. Shifts that leave less than MIN_OVERLAP of the known voxels on the image give 0.
+        states: of the image's shape. The value at index i belongs to labels moved by i - n // 2 voxels per axis, n
+        being the result's (odd) size. Shifts that leave less than MIN_OVERLAP of the known voxels on the image give 0.
         """
         known = states != UNKNOWN
         indicator = np.where(known, (states == PRESENT).astype(np.float32), 0)
@@ -137,7 +138,7 @@ class _Comparison:
 
 
 def _band(image: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """Return the image smoothed by one voxel, less its mean over about 24, in standard deviations; 0 where there is none."""
+    """Return the image smoothed by a voxel, less its mean over about 24, in standard deviations; 0 where none is."""
     filled = np.where(there, image, image[there].mean()).astype(np.float32)
     band = ndimage.gaussian_filter(filled, 1.0)
     band -= ndimage.gaussian_filter(band, 12.0)

@@ -1,0 +1,388 @@
+"""The report's tables: scores of every source, states of every class, and the flight check of the submission."""
+
+import csv
+import io
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from cellmap_pipe.classes import CLASSES, TESTED, score_ceiling
+from cellmap_pipe.colours import VERDICTS, colour_of
+from cellmap_pipe.files import read_json, write_text
+from cellmap_pipe.report.pages import Cell, Column, Content, heading, page, paragraph, table
+
+Path = str | os.PathLike[str]
+
+OVERALL = "overall"
+ENSEMBLE = "ensemble"
+
+SCORE_COLUMNS: tuple[Column, ...] = (
+    Column("source", hint="a model's name, or the ensemble of all models"),
+    Column("fold", hint="validation fold; 'mean' is the mean over the folds"),
+    Column("class"),
+    Column("kind", hint="how the challenge scores the class: by instance or by voxel"),
+    Column("crops", "d", "validation crops in which the class is annotated"),
+    Column("dice", ".3f", "Dice over the known voxels; in the overall row the mean over the classes that occur"),
+    Column("iou", ".3f", "intersection over union of the voxels, pooled over crops"),
+    Column("f1", ".3f", "F1 of the matched instances, pooled over crops"),
+    Column("hausdorff", ".3f", "normalised Hausdorff distance: 1 is perfect"),
+    Column("combined", ".3f", "square root of f1 x hausdorff"),
+    Column("score", ".3f", "the challenge's score: iou or combined; overall, the geometric mean of both kinds"),
+    Column("score_low", ".3f", "lower end of the score's 95 % interval (bootstrap over crops)"),
+    Column("score_high", ".3f", "upper end of that interval"),
+    Column("score_clean", ".3f", "the same by the rules 'clean', without the official evaluator's artefacts"),
+    Column("score_background", ".3f", "the score of an answer that marks nothing"),
+    Column("untrained_dice", ".3f", "mean Dice of the network before training"),
+    Column("ceiling", ".3f", "highest score that the answered classes can reach on the challenge's 48 classes"),
+    Column("parameters", "d", "weights of the network"),
+    Column("steps", "d", "optimiser steps"),
+    Column("rules", hint="version of the scoring rules"),
+)
+
+# Columns that are empty in the rows of classes, and in the overall rows.
+_OF_WHOLE_RUNS = ("score_low", "score_high", "untrained_dice", "ceiling", "parameters", "steps")
+_OF_CLASSES = ("class", "kind", "iou", "f1", "hausdorff", "combined")
+
+ScoreRow = dict[str, str | int | float | None]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One scores JSON: of which `source` (a model or "ensemble") and `fold`, and its content."""
+
+    source: str
+    fold: str
+    content: dict[str, Any]
+
+    @property
+    def dice(self) -> dict[str, float | None]:
+        """Dice by class, None where it is undefined."""
+        return dict(self.content["dice"])
+
+    def class_score(self, name: str, variant: str = "aggregate") -> float | None:
+        """Return the class's score (iou or combined) in `variant`: aggregate, clean or background."""
+        entry = self.content[variant]["label_scores"].get(name)
+        return None if entry is None else entry.get("iou", entry.get("combined_score"))
+
+    def overall(self, variant: str = "aggregate") -> float | None:
+        """Return the overall score in `variant`."""
+        score = self.content[variant]["overall_score"]
+        return None if score is None else float(score)
+
+    @property
+    def mean_dice(self) -> float | None:
+        """Mean Dice over the classes that occur."""
+        value = self.content["mean_dice"]
+        return None if value is None else float(value)
+
+    @property
+    def classes(self) -> list[str]:
+        """The scored classes in the challenge's order."""
+        named = {*self.content["dice"], *self.content["aggregate"]["label_scores"]}
+        return [name for name in CLASSES if name in named]
+
+
+def read_scores(score_jsons: Iterable[Path]) -> list[Scores]:
+    """Return the scores in the given order. Raises ContractError for an unreadable file."""
+    contents = [read_json(path, "run `snakemake -R evaluate`") for path in score_jsons]
+    return [Scores(str(content["model"]), str(content["fold"]), content) for content in contents]
+
+
+def score_rows(scores: Sequence[Scores], metrics: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[ScoreRow]:
+    """Return one overall row per source and fold, followed by one row per class; means where a source has many folds.
+
+    metrics: contents of metrics.json by (model, fold); the ensemble has none.
+    """
+    rows: list[ScoreRow] = []
+    for source in dict.fromkeys(entry.source for entry in scores):
+        of_source = [entry for entry in scores if entry.source == source]
+        by_fold = [_rows_of(entry, metrics.get((entry.source, entry.fold), {})) for entry in of_source]
+        if len(by_fold) > 1:
+            rows += _mean_rows(by_fold)
+        rows += [row for fold_rows in by_fold for row in fold_rows]
+    return rows
+
+
+def _rows_of(entry: Scores, metrics: Mapping[str, Any]) -> list[ScoreRow]:
+    content = entry.content
+    base: ScoreRow = {column.name: None for column in SCORE_COLUMNS}
+    base |= {"source": entry.source, "fold": entry.fold, "rules": content["rules"]}
+    crops_of = {
+        name: len({record["crop"] for record in content["records"] if record["label"] == name})
+        for name in entry.classes
+    }
+    overall = base | {
+        "class": OVERALL,
+        "crops": len({record["crop"] for record in content["records"]}),
+        "dice": entry.mean_dice,
+        "score": entry.overall(),
+        "score_low": content["interval"]["low"],
+        "score_high": content["interval"]["high"],
+        "score_clean": entry.overall("clean"),
+        "score_background": entry.overall("background"),
+        "untrained_dice": metrics.get("untrained_mean_dice"),
+        "ceiling": content["ceiling"],
+        "parameters": metrics.get("parameters"),
+        "steps": metrics.get("steps"),
+    }
+    rows = [overall]
+    for name in entry.classes:
+        official = content["aggregate"]["label_scores"].get(name, {})
+        rows.append(
+            base
+            | {
+                "class": name,
+                "kind": "instance" if CLASSES[name].instance else "semantic",
+                "crops": crops_of[name],
+                "dice": entry.dice.get(name),
+                "iou": official.get("iou"),
+                "f1": official.get("f1"),
+                "hausdorff": official.get("normalized_hausdorff_distance"),
+                "combined": official.get("combined_score"),
+                "score": entry.class_score(name),
+                "score_clean": entry.class_score(name, "clean"),
+                "score_background": entry.class_score(name, "background"),
+            }
+        )
+    return rows
+
+
+def _mean_rows(by_fold: Sequence[Sequence[ScoreRow]]) -> list[ScoreRow]:
+    """Return the mean over folds of each class's row; crops are added up, words kept."""
+    names = [OVERALL, *(name for name in CLASSES if any(row["class"] == name for rows in by_fold for row in rows))]
+    means: list[ScoreRow] = []
+    for name in names:
+        same = [row for rows in by_fold for row in rows if row["class"] == name]
+        mean = dict(same[0]) | {"fold": "mean"}
+        for column in SCORE_COLUMNS:
+            values = [value for row in same if isinstance(value := row[column.name], int | float)]
+            if column.name in ("score_low", "score_high"):
+                mean[column.name] = None  # the mean of intervals is not the interval of the mean
+            elif column.format == "d" and values:
+                mean[column.name] = sum(values) if column.name == "crops" else round(fmean(values))
+            elif column.numeric and values:
+                mean[column.name] = fmean(values)
+        means.append(mean)
+    return means
+
+
+def _as_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+    return stream.getvalue()
+
+
+def write_scores(score_jsons: Sequence[Path], metrics_jsons: Sequence[Path], out_csv: Path, out_html: Path) -> None:
+    """Write the table of scores as CSV, and as a sortable HTML page that needs nothing but itself.
+
+    score_jsons: `scores/{source}/fold{k}.json`; metrics_jsons: `train/{model}/fold{k}/metrics.json`.
+    One overall row per source and fold, then one row per class (`score_rows`); numbers with six digits in the CSV.
+    """
+    scores = read_scores(score_jsons)
+    metrics = {}
+    for path in metrics_jsons:
+        content = read_json(path, "run `snakemake -R train`")
+        metrics[str(content["model"]), str(content["fold"])] = content
+    rows = score_rows(scores, metrics)
+    write_text(out_csv, _as_csv([column.name for column in SCORE_COLUMNS], rows))
+    learned = {str(name) for content in metrics.values() for name in content["classes"]}
+    write_text(out_html, _scores_page(scores, rows, learned))
+
+
+def _scores_page(scores: Sequence[Scores], rows: Sequence[ScoreRow], learned: Collection[str]) -> str:
+    overall = [row for row in rows if row["class"] == OVERALL]
+    by_class = [row for row in rows if row["class"] != OVERALL]
+    overall_columns = [column for column in SCORE_COLUMNS if column.name not in _OF_CLASSES]
+    class_columns = [column for column in SCORE_COLUMNS if column.name not in _OF_WHOLE_RUNS]
+    best = max((row for row in overall), key=lambda row: float(row["score"] or 0), default=None)
+    parts = [
+        paragraph(
+            "Every number is measured on validation crops that the model never saw in training. All are without unit; "
+            "1 is perfect. Click on a column's head to sort; hover over it for its meaning."
+        ),
+        paragraph(_ceiling_sentence(scores, learned)),
+        heading("Overall"),
+        table(
+            overall_columns,
+            [[row[column.name] for column in overall_columns] for row in overall],
+            strong=[overall.index(best)] if best else [],
+            name="overall",
+        ),
+        heading("Per class"),
+        table(
+            class_columns,
+            [
+                [
+                    Cell(row[column.name], colour_of(str(row["class"]))) if column.name == "class" else row[column.name]
+                    for column in class_columns
+                ]
+                for row in by_class
+            ],
+            name="classes",
+        ),
+    ]
+    failed = [[f"{entry.source}, fold {entry.fold}", line] for entry in scores for line in entry.content["failed"]]
+    if failed:
+        parts += [heading("Not scored"), table([Column("source"), Column("cause")], failed, name="failed")]
+    parts += [paragraph(note) for note in dict.fromkeys(str(entry.content.get("note", "")) for entry in scores) if note]
+    return page("Scores", parts)
+
+
+def _ceiling_sentence(scores: Sequence[Scores], learned: Collection[str]) -> str:
+    """Return what the class list can reach at best; learned: the classes that the models were trained on."""
+    if not scores:
+        return "Nothing was scored."
+    answered = max(float(entry.content["ceiling"]) for entry in scores)
+    alone = score_ceiling(learned)
+    derived = f"; with the groups that are derived from them, {answered:.3f}" if answered > alone else ""
+    return (
+        f"The challenge tests {len(TESTED)} classes and counts a missing one as 0. The highest overall score that the "
+        f"{len(learned)} learned classes can reach there is {alone:.3f}{derived}."
+    )
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file as dicts of text."""
+    with open(path, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+AUDIT_COLUMNS: tuple[Column, ...] = (
+    Column("class"),
+    Column("crops annotated", "d", "crops that hold an array of the class"),
+    Column("crops present", "d", "crops with at least one voxel of the class"),
+    Column("present (voxels)", ",d", "voxels on the grid known to be of the class"),
+    Column("absent (voxels)", ",d", "voxels known not to be of the class"),
+    Column("unknown (voxels)", ",d", "voxels of which nothing is known; they give no gradient and no score"),
+    Column("present / known (%)", ".3f", "share of the known voxels that are of the class"),
+    Column("known (%)", ".1f", "share of all voxels whose state is known"),
+)
+
+CROP_COLUMNS: tuple[Column, ...] = (
+    Column("crop"),
+    Column("verdict", hint="keep; flag: looks wrong, used only if quality.keep lists it; reject"),
+    Column("cause"),
+    Column("label voxel (z x y x x, nm)"),
+    Column("EM level"),
+    Column("annotated", "d", "classes with an array in this crop"),
+    Column("EM on disk (%)", ".1f", "share of the label box with EM on disk"),
+    Column("overlaps (voxels)", ",d", "voxels of the source that two disjoint classes both claim"),
+    Column("warnings"),
+)
+
+
+def convert_records(convert_jsons: Iterable[Path]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the class list and the records, sorted by crop, of all shards of one grid."""
+    classes: list[str] = []
+    records: list[dict[str, Any]] = []
+    for path in convert_jsons:
+        shard = read_json(path, "run `snakemake -R convert`")
+        classes = list(shard["classes"])
+        records += shard["records"]
+    return classes, sorted(records, key=lambda record: str(record["crop"]))
+
+
+def write_audit(quality_csv: Path, convert_jsons: Sequence[Path], out_html: Path) -> None:
+    """Write the audit of one grid's labels as HTML: states per class over the crops that are used, and every crop.
+
+    quality_csv: `quality/{grid}/crops.csv`. Flagged and rejected crops are listed with their causes but not counted.
+    """
+    classes, records = convert_records(convert_jsons)
+    verdicts = {row["crop"]: row for row in read_csv(quality_csv)}
+    used = [record for record in records if verdicts.get(record["crop"], {}).get("verdict") == "keep"]
+    class_rows: list[list[Content]] = []
+    for name in classes:
+        counts = [record["counts"][name] for record in used if name in record["counts"]]
+        present, absent, unknown = (sum(count[state] for count in counts) for state in ("present", "absent", "unknown"))
+        known, total = present + absent, present + absent + unknown
+        class_rows.append(
+            [
+                Cell(name, colour_of(name)),
+                sum(name in record["annotated"] for record in used),
+                sum(count["present"] > 0 for count in counts),
+                present,
+                absent,
+                unknown,
+                100 * present / known if known else None,
+                100 * known / total if total else None,
+            ]
+        )
+    crop_rows = [_crop_row(record, verdicts.get(record["crop"], {})) for record in records]
+    tally = ", ".join(
+        f"{sum(row.get('verdict') == verdict for row in verdicts.values())} {verdict}" for verdict in VERDICTS
+    )
+    parts = [
+        paragraph(
+            f"{len(records)} crops: {tally}. A voxel's state is known for a class where the crop annotates the class, "
+            "or where an annotated class excludes it. Everything else is unknown: never background."
+        ),
+        heading("States per class (kept crops)"),
+        table(AUDIT_COLUMNS, class_rows, name="states"),
+        heading("Crops"),
+        table(CROP_COLUMNS, crop_rows, name="crops"),
+    ]
+    grid = read_json(convert_jsons[0])["grid"] if convert_jsons else ""
+    write_text(out_html, page(f"Audit of the labels, grid {grid}", parts))
+
+
+def _crop_row(record: Mapping[str, Any], quality: Mapping[str, str]) -> list[Content]:
+    verdict = quality.get("verdict", "")
+    lattice = record.get("label_lattice") or {}
+    level = record.get("em_level") or {}
+    fraction = record.get("em_valid_fraction")
+    return [
+        str(record["crop"]),
+        Cell(verdict, VERDICTS.get(verdict)),
+        quality.get("cause", ""),
+        " x ".join(f"{size:g}" for size in lattice.get("voxel_nm", [])),
+        str(level.get("path", "")),
+        len(record.get("annotated") or []),
+        None if fraction is None else 100 * float(fraction),
+        sum((record.get("overlaps") or {}).values()),
+        "; ".join(record.get("warnings") or []),
+    ]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def write_submission(report_json: Path, out_html: Path) -> None:
+    """Write the flight check of the submission as HTML: what is in the file, its digest, and every problem found."""
+    report = read_json(report_json, "run `snakemake -R submission`")
+    problems = report["problems"]
+    verdict = f"{_counted(len(problems), 'problem')}: not ready to send" if problems else "ready to send"
+    facts: list[list[Content]] = [
+        ["verdict", Cell(verdict, VERDICTS["reject" if problems else "keep"])],
+        ["arrays", f"{report['rows']:,}"],
+        ["arrays without any voxel set", f"{len(report['zero_rows']):,}"],
+        ["arrays that no model answers", f"{len(report['not_predicted']):,}"],
+        ["size (MB)", f"{report['size'] / 1e6:,.1f}"],
+        ["SHA-256", report["sha256"]],
+        ["rules", report["rules"]],
+    ]
+    parts = [table([Column("item"), Column("value")], facts, name="facts"), paragraph(report["note"])]
+    for title, key in (("Problems", "problems"), ("Warnings", "warnings")):
+        if report[key]:
+            rows = [[str(line)] for line in report[key]]
+            parts += [heading(title), table([Column(title.lower())], rows, name=key)]
+    if report["zero_rows"]:
+        answered = set(report["zero_rows"]) - set(report["not_predicted"])
+        parts += [
+            heading("Arrays without any voxel set"),
+            paragraph("The challenge counts a missing array more harshly than an empty one, so every row is answered."),
+            table(
+                [Column("array"), Column("why")],
+                [
+                    [name, "predicted, and empty" if name in answered else "no model answers it"]
+                    for name in report["zero_rows"]
+                ],
+                name="zeros",
+            ),
+        ]
+    write_text(out_html, page("Submission", parts))
