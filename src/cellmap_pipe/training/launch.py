@@ -1,0 +1,40 @@
+"""The hand-over from a workflow job to the training processes. Imports no torch: this process is replaced by them."""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cellmap_pipe.files import write_json
+
+MODULE = "cellmap_pipe.training.main"
+
+
+def command(request_path: Path, processes: int) -> list[str]:
+    """Return the command line that trains: the module itself, or `processes` copies of it under torchrun."""
+    if processes == 1:
+        return [sys.executable, "-m", MODULE, str(request_path)]
+    return [
+        *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)],
+        *["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"],
+        *["-m", MODULE, str(request_path)],
+    ]
+
+
+def launch(request: Mapping[str, Any], log: str, processes: int, threads: int) -> NoReturn:
+    """Replace this process by the training that `request` describes.
+
+    exec, so that the scheduler's signals reach the training itself. log: the rule's log file. processes: one per GPU,
+    at least 1. threads: CPU cores of the job, shared by the processes.
+    """
+    processes = max(processes, 1)
+    each = max(threads // processes, 1)
+    path = Path(request["run_dir"]) / "request.json"
+    write_json(path, {**request, "log": log, "threads": each})
+    # OpenMP and MKL read it when torch is imported
+    os.environ["OMP_NUM_THREADS"] = str(each)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    arguments = command(path, processes)
+    os.execv(arguments[0], arguments)

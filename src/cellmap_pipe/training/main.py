@@ -1,0 +1,232 @@
+"""One training process: `python -m cellmap_pipe.training.main REQUEST.json`, alone or as one of several under torchrun.
+
+The request says what to train, from what and whereto; see `training.launch`. Log records, warnings and whatever
+libraries print go to the request's log file, whose last line after a failure is
+`ERROR train model=..,fold=..: what, where, remedy`.
+"""
+
+import contextlib
+import datetime
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from cellmap_pipe.errors import ConfigError, ContractError, TrainingError
+from cellmap_pipe.files import read_json, write_json
+from cellmap_pipe.log import FORMAT
+from cellmap_pipe.prepare.store import Store
+from cellmap_pipe.training import checkpoint, results
+from cellmap_pipe.training.loop import Process, StopRequest, Training
+from cellmap_pipe.training.owner import Owner
+
+logger = logging.getLogger("cellmap_pipe.training.main")  # it runs as __main__
+
+# Time kept back from the walltime for the last checkpoint: this, but no more than a tenth of the walltime.
+STOP_SECONDS = 300.0
+
+
+def run_training(request_path: str | Path) -> None:
+    """Train what the request describes, or publish again what a finished run directory holds.
+
+    Raises ConfigError, ContractError or TrainingError; TrainingError too when it was asked to stop before the end.
+    """
+    began = time.monotonic()
+    request = read_json(request_path)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    torch.set_num_threads(int(request.get("threads", 1)))
+    device = choose_device(request["device"], int(os.environ.get("LOCAL_RANK", "0")), world)
+    stop = StopRequest()
+    with _process_group(device, world), _stop_signals(stop):
+        _train(request, Process(rank, world, device, stop, _deadline(request, began)))
+
+
+def _train(request: Mapping[str, Any], process: Process) -> None:
+    settings, run_dir = request["settings"], Path(request["run_dir"])
+    training, validation = fold_crops(request["datalist"], request["fold"])
+    store = Store(request["index"], grid=settings["grid"])
+    if missing := [crop for crop in training + validation if crop not in store.crops]:
+        raise ContractError(f"{request['index']}: crop {missing[0]} is not in the store; run `snakemake -R chunk`")
+    expected = results.fingerprint(settings, store, training, validation)
+    with contextlib.ExitStack() as held:
+        if not process.rank:
+            with Owner(run_dir):
+                if reason := _outdated(run_dir, expected, retrain=request.get("retrain", False)):
+                    logger.warning("%s: its training is kept as %s", reason, results.set_aside(run_dir))
+            held.enter_context(Owner(run_dir))
+            write_json(run_dir / "request.json", request)
+            write_json(run_dir / results.FINGERPRINT, {"fingerprint": expected})
+        _wait(process)
+        state = checkpoint.latest(run_dir, clean=not process.rank)
+        if state is None or not state["progress"]["finished"]:
+            trainer = Training(settings, store, training, validation, run_dir, expected, process, state)
+            del state  # its tensors are copied by now
+            trainer.run()
+            _wait(process)
+            state = checkpoint.latest(run_dir, clean=False)
+        if not process.rank:
+            if state is None:
+                raise TrainingError(f"{run_dir}: the checkpoint just written cannot be read; check the disk")
+            results.publish(run_dir, state, request["outputs"], request["model"], request["fold"])
+            logger.info("finished after %d steps", state["progress"]["step"])
+
+
+def fold_crops(datalist: str | Path, fold: str) -> tuple[list[str], list[str]]:
+    """Return the names of the training and the validation crops of a fold's datalist.
+
+    Raises TrainingError if there are none to train on, or none to validate on in a fold other than `all`.
+    """
+    lists = read_json(datalist, "make it again with `snakemake -R datalist`")
+    training, validation = ([entry["crop"] for entry in lists[side]] for side in ("training", "validation"))
+    if not training:
+        raise TrainingError(f"{datalist}: no training crop in fold {fold}; see the verdicts in results/quality")
+    if not validation and str(fold) != "all":
+        raise TrainingError(f"{datalist}: no validation crop in fold {fold}; choose another folds.run, or fold all")
+    both = sorted(set(training) & set(validation))
+    if both:
+        raise TrainingError(f"{datalist}: crop {both[0]} is on both sides of fold {fold}; run `snakemake -R folds`")
+    return training, validation
+
+
+def choose_device(asked: str, local_rank: int, processes: int) -> torch.device:
+    """Return the device of this process: its GPU if there are any (or `cuda` is asked for), else the CPU.
+
+    Raises TrainingError if fewer GPUs are visible than there are processes.
+    """
+    if asked not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device '{asked}' is unknown; allowed: auto, cpu, cuda")
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "cpu" or (asked == "auto" and not visible):
+        return torch.device("cpu")
+    if visible < processes:
+        raise TrainingError(
+            f"{processes} processes were asked for and {visible} GPUs are visible "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); lower resources.train.gpus"
+        )
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _outdated(run_dir: Path, expected: str, *, retrain: bool) -> str | None:
+    """Return why the run directory is not to be used, or None."""
+    if results.is_stale(run_dir, expected):
+        return "settings, crops or code changed since it began"
+    if retrain:
+        state = checkpoint.latest(run_dir)
+        if state is not None and state["progress"]["finished"]:
+            return "retrain is set"
+    return None
+
+
+def _deadline(request: Mapping[str, Any], began: float) -> float | None:
+    """Return when to stop, in seconds of time.monotonic(), by Slurm's end of the job or the request's `runtime_min`."""
+    end = os.environ.get("SLURM_JOB_END_TIME")
+    runtime = request.get("runtime_min")
+    if end and end.isdigit():
+        left = float(end) - time.time()
+    elif runtime:
+        left = 60.0 * float(runtime)
+    else:
+        return None
+    return began + left - min(STOP_SECONDS, left / 10)
+
+
+@contextlib.contextmanager
+def _process_group(device: torch.device, world: int) -> Iterator[None]:
+    if world == 1:
+        yield
+        return
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        # validation and the first rank's writing are waited for
+        timeout=datetime.timedelta(hours=2),
+    )
+    yield
+    # not after an exception: a farewell to ranks that still compute would hang
+    dist.destroy_process_group()
+
+
+def _wait(process: Process) -> None:
+    if process.world > 1:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def _stop_signals(stop: StopRequest) -> Iterator[None]:
+    def remember(number: int, _: FrameType | None) -> None:
+        stop.signal = signal.Signals(number).name
+
+    previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _log_to(path: str, rank: int) -> None:
+    """Append everything that this process says to the file, its libraries' output too."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING if rank else logging.INFO, format=FORMAT, force=True)
+    logging.captureWarnings(True)
+
+
+def _report(error: Exception, request: Mapping[str, Any], rank: int, terminal: int) -> None:
+    """Append the traceback and the one `ERROR` line to the log; the line goes to the terminal, too.
+
+    When one rank fails the others lose their connection to it; those wait for its line and then add none.
+    """
+    path = Path(request["log"])
+    if rank and not isinstance(error, TrainingError | ConfigError):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        time.sleep(3)
+        if path.read_text(errors="replace").rstrip().rsplit("\n", 1)[-1].startswith("ERROR "):
+            return
+    if isinstance(error, torch.OutOfMemoryError):
+        error = TrainingError(
+            f"the GPU's memory is too small ({str(error).splitlines()[0]}); lower train.batch (and raise "
+            "train.accumulate), or lower train.patch"
+        )
+    message = " ".join(str(error).split()) or type(error).__name__
+    line = f"ERROR {request['rule']} model={request['model']},fold={request['fold']}: {message}"
+    with path.open("a") as stream:
+        stream.write(traceback.format_exc() + line + "\n")
+    os.write(terminal, (line + "\n").encode())
+
+
+def main(request_path: str) -> NoReturn:
+    """Run the request in the file and leave the process: 0 if it was fulfilled, else 1."""
+    request = read_json(request_path)
+    rank = int(os.environ.get("RANK", "0"))
+    terminal = os.dup(2)
+    _log_to(request["log"], rank)
+    status = 0
+    try:
+        run_training(request_path)
+    except Exception as error:
+        _report(error, request, rank, terminal)
+        status = 1
+    logging.shutdown()
+    # not sys.exit: tearing down may wait for a rank that failed
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

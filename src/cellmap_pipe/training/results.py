@@ -1,0 +1,114 @@
+"""What a training is made from and what it hands on: the fingerprint of a run directory, and the published files."""
+
+import csv
+import io
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cellmap_pipe.config import RESULT_VERSIONS
+from cellmap_pipe.errors import TrainingError
+from cellmap_pipe.files import digest, file_digest, read_json, replacing, write_json, write_text
+from cellmap_pipe.prepare.store import Store
+from cellmap_pipe.training import checkpoint
+
+# Settings that say when something is kept, not what comes out.
+INERT_SETTINGS = ("checkpoint_minutes",)
+
+FINGERPRINT = "fingerprint.json"
+BEST = "best.pt"
+
+
+def fingerprint(settings: Mapping[str, Any], store: Store, training: Sequence[str], validation: Sequence[str]) -> str:
+    """Return the hash of what determines a training's result: settings, the fold's crops, the code's version.
+
+    Crops count by the digests of their files, so that one added crop changes only the trainings that use it.
+    """
+    crops = {
+        side: {
+            name: {
+                "files": {kind: contract["sha256"] for kind, contract in store.crops[name]["files"].items()},
+                "table": store.crops[name]["table"],
+                "label_box": [list(store.crops[name][key]) for key in ("label_offset", "label_shape")],
+                "range": list(store.normalisation[store.crops[name]["dataset"]]),
+            }
+            for name in names
+        }
+        for side, names in (("training", training), ("validation", validation))
+    }
+    begin = settings["init_from"]
+    return digest(
+        {
+            "settings": {key: value for key, value in settings.items() if key not in INERT_SETTINGS},
+            "init_from": file_digest(begin) if begin else None,
+            "crops": crops,
+            "classes_of_store": store.classes,
+            "voxel_nm": store.voxel_nm,
+            "version": RESULT_VERSIONS["train"],
+        }
+    )
+
+
+def is_stale(run_dir: Path, expected: str) -> bool:
+    """Return whether `run_dir` holds a training of another fingerprint."""
+    path = run_dir / FINGERPRINT
+    return path.exists() and read_json(path, f"delete {run_dir} and train again")["fingerprint"] != expected
+
+
+def set_aside(run_dir: Path) -> Path:
+    """Rename the run directory to `{name}.stale-{time}` and return that path: nothing is used, nothing is lost."""
+    aside = run_dir.with_name(f"{run_dir.name}.stale-{time.strftime('%Y%m%d-%H%M%S')}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = run_dir.with_name(f"{run_dir.name}.stale-{time.strftime('%Y%m%d-%H%M%S')}-{number}")
+    run_dir.rename(aside)
+    (aside / "owner.json").unlink(missing_ok=True)
+    return aside
+
+
+def publish(run_dir: Path, state: Mapping[str, Any], outputs: Mapping[str, str], model: str, fold: str) -> None:
+    """Write model.pt, history.csv and metrics.json, in this order, from a finished run directory.
+
+    state: its last checkpoint. Raises TrainingError if the best weights are missing.
+    """
+    best = run_dir / BEST
+    if not best.is_file():
+        raise TrainingError(f"{best}: missing although the training finished; rename {run_dir} and train again")
+    contents = checkpoint.read_model(best, f"rename {run_dir} and train again")
+    with replacing(outputs["weights"]) as partial:
+        shutil.copyfile(best, partial)
+    write_text(outputs["history"], history_csv(state["progress"]["history"], contents["classes"]))
+    validation = contents["validation"]
+    write_json(
+        outputs["metrics"],
+        {
+            "model": model,
+            "fold": fold,
+            "steps": state["progress"]["step"],
+            "parameters": state["parameters"],
+            "best_step": contents["step"],
+            "best_mean_dice": validation["mean_dice"],
+            "dice": validation["dice"],
+            "untrained_mean_dice": state["progress"]["untrained"],
+            "classes": contents["classes"],
+            "grid": contents["grid"],
+            "patch": contents["patch"],
+            "fingerprint": contents["fingerprint"],
+        },
+    )
+
+
+def history_csv(history: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> str:
+    """Return history.csv: step, loss (mean since the last row), lr, mean_dice, dice_<class>; empty: not validated."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["step", "loss", "lr", "mean_dice", *[f"dice_{name}" for name in classes]])
+    for row in history:
+        scores = [row["mean_dice"], *[row["dice"].get(name) for name in classes]]
+        writer.writerow(
+            [row["step"], f"{row['loss']:.6g}", f"{row['lr']:.6g}", *["" if s is None else f"{s:.6f}" for s in scores]]
+        )
+    return text.getvalue()

@@ -1,0 +1,71 @@
+"""A checkpoint is complete or it is not used."""
+
+import errno
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cellmap_pipe.training import checkpoint
+
+
+def state(step: int) -> dict[str, Any]:
+    return {"step": step, "weights": torch.full((100,), float(step)), "history": [{"dice": None}]}
+
+
+def test_newest_is_read_and_the_last_two_are_kept(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path) is None
+    for step in (9, 10, 200):
+        checkpoint.save(tmp_path, step, state(step))
+    assert [path.name[:13] for path in sorted(tmp_path.iterdir())] == ["step000000010", "step000000200"]
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert found["step"] == 200
+    assert torch.equal(found["weights"], state(200)["weights"])
+    assert found["history"] == [{"dice": None}]
+
+
+@pytest.mark.parametrize("damage", ["torn", "flipped", "empty"])
+def test_damaged_one_is_passed_over_for_the_one_before(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint.save(tmp_path, 1, state(1))
+    path = checkpoint.save(tmp_path, 2, state(2))
+    data = bytearray(path.read_bytes())
+    if damage == "flipped":
+        data[len(data) // 2] ^= 1
+    path.write_bytes({"torn": data[:-100], "flipped": data, "empty": b""}[damage])
+    with caplog.at_level(logging.WARNING):
+        found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert found["step"] == 1
+    assert f"{path} is damaged" in caplog.text
+
+
+def test_failed_write_leaves_nothing_and_keeps_what_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, 1, state(1))
+
+    def full(self: Path, data: bytes) -> int:
+        with self.open("wb") as stream:
+            stream.write(data[:50])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(tmp_path, 2, state(2))
+    assert [path.name[:13] for path in tmp_path.iterdir()] == ["step000000001"]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, state(1))
+    (tmp_path / ".partial-1234-step000000002-ab.pt").write_bytes(b"half")
+    assert checkpoint.latest(tmp_path, clean=True) is not None
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_equal_states_are_equal_bytes(tmp_path: Path) -> None:
+    checkpoint.write_model(tmp_path / "a.pt", state(3))
+    checkpoint.write_model(tmp_path / "other-name.pt", state(3))
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "other-name.pt").read_bytes()

@@ -1,0 +1,185 @@
+"""The masked loss: against its formula voxel by voxel, and on the points where a careless one goes wrong."""
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent))
+from training_case import finish, in_ranks, save_loss_gradient
+
+from cellmap_pipe.errors import ConfigError
+from cellmap_pipe.training.losses import build_loss, pool
+
+torch.set_num_threads(1)
+
+
+def batch(seed: int, shape: tuple[int, ...] = (2, 3, 4, 4, 4)) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(shape, generator=random)
+    return (
+        logits.requires_grad_(),
+        (torch.rand(shape, generator=random) > 0.7).float(),
+        (torch.rand(shape, generator=random) > 0.4).float(),
+    )
+
+
+def plain(x: np.ndarray, y: np.ndarray, m: np.ndarray, weights: list[float]) -> float:
+    """Return the documented formula, voxel by voxel."""
+    terms = np.zeros(2)
+    totals = np.zeros(2)
+    for b in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            tp = predicted = positive = bce = voxels = 0.0
+            for xv, yv, mv in zip(x[b, c].ravel(), y[b, c].ravel(), m[b, c].ravel(), strict=True):
+                if not mv:
+                    continue
+                p = 1 / (1 + math.exp(-xv))
+                tp += p * yv
+                predicted += p
+                positive += yv
+                bce -= yv * math.log(p) + (1 - yv) * math.log(1 - p)
+                voxels += 1
+            if voxels:
+                terms[1] += weights[c] * bce / voxels
+                totals[1] += weights[c]
+            if positive:
+                terms[0] += weights[c] * (1 - (tp + 1) / ((predicted + positive) / 2 + 1))
+                totals[0] += weights[c]
+    return float(sum(term / total for term, total in zip(terms, totals, strict=True) if total))
+
+
+@given(seed=st.integers(0, 10_000), known=st.sampled_from([0.0, 0.1, 0.6, 1.0]), positive=st.sampled_from([0.0, 0.3]))
+@settings(max_examples=15, deadline=None, derandomize=True)
+def test_value_is_that_of_the_formula(seed: int, known: float, positive: float) -> None:
+    random = np.random.default_rng(seed)
+    x = random.normal(size=(2, 2, 2, 3, 2))
+    y, m = random.random(x.shape) < positive, random.random(x.shape) < known
+    weights = [1.0, 3.0]
+    loss = build_loss({"class_weights": weights}, 2)(torch.tensor(x), torch.tensor(y), torch.tensor(m))
+    assert float(loss) == pytest.approx(plain(x, y, m, weights), rel=1e-5, abs=1e-6)
+
+
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=10, deadline=None, derandomize=True)
+def test_unknown_voxels_give_no_gradient(seed: int) -> None:
+    logits, target, known = batch(seed)
+    known[0, 1] = 0
+    build_loss({}, 3)(logits, target, known).backward()
+    assert logits.grad is not None
+    assert torch.all(logits.grad[known == 0] == 0)
+    assert torch.all(logits.grad[known > 0] != 0)
+
+
+def test_what_stands_in_unknown_voxels_does_not_matter() -> None:
+    logits, target, known = batch(1)
+    loss = build_loss({}, 3)
+    expected = loss(logits, target, known)
+    for nonsense in (1.0, float("nan")):
+        assert loss(logits, torch.where(known > 0, target, nonsense), known) == expected
+
+
+def test_nothing_known_gives_zero_attached_to_the_graph() -> None:
+    logits, target, known = batch(2)
+    loss = build_loss({"deep_supervision": [1, 0.5]}, 3)([logits, logits[..., ::2, ::2, ::2]], target, 0 * known)
+    loss.backward()
+    assert loss == 0
+    assert logits.grad is not None
+    assert torch.all(logits.grad == 0)
+
+
+def test_class_without_positives_learns_from_the_cross_entropy_alone() -> None:
+    logits, target, known = batch(3)
+    target[:, 1] = 0
+    build_loss({}, 3)(logits, target, known).backward()
+    assert logits.grad is not None
+    # six (sample, class) pairs have known voxels; the derivative of softplus is the sigmoid
+    shares = known[:, 1] / known[:, 1].sum((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(logits.grad[:, 1], shares * torch.sigmoid(logits.detach()[:, 1]) / 6)
+
+
+def test_class_weights_do_not_scale_the_loss() -> None:
+    logits, target, known = batch(4)
+    once = build_loss({"class_weights": [1, 2, 4]}, 3)(logits, target, known)
+    assert float(build_loss({"class_weights": [8, 16, 32]}, 3)(logits.detach(), target, known)) == pytest.approx(
+        float(once.detach())
+    )
+
+
+def test_heads_are_weighted_and_normalised() -> None:
+    logits, target, known = batch(5)
+    coarse = torch.nn.functional.avg_pool3d(logits, 2)
+    one = build_loss({}, 3)
+    both = build_loss({"deep_supervision": [1, 0.5, 0.25]}, 3)([logits, coarse], target, known)
+    expected = one(logits, target, known) / 1.5 + 0.5 * one(coarse, *pool(target, known, coarse.shape[2:])) / 1.5
+    assert float(both.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+
+
+def test_head_beyond_the_weights_stays_in_the_graph() -> None:
+    logits, target, known = batch(6)
+    second = torch.zeros(2, 3, 2, 2, 2, requires_grad=True)
+    build_loss({"deep_supervision": [1]}, 3)([logits, second], target, known).backward()
+    assert second.grad is not None
+    assert torch.all(second.grad == 0)
+
+
+def test_coarse_targets_are_shares_of_what_is_known() -> None:
+    target = torch.tensor([1.0, 0, 1, 1, 1, 1, 0, 0]).view(1, 1, 8)
+    known = torch.tensor([1.0, 1, 0, 1, 0, 0, 1, 1]).view(1, 1, 8)
+    shares, mask = pool(target, known, (4,))
+    assert shares.flatten().tolist() == [0.5, 1, 0, 0]
+    assert mask.flatten().tolist() == [1, 0.5, 0, 1]
+
+
+def test_sample_weights_mix_two_answers() -> None:
+    logits, target, known = batch(7, (1, 3, 4, 4, 4))
+    other = 1 - target
+    known = torch.ones_like(known)
+    loss = build_loss({}, 3)
+    twice = logits.expand(2, -1, -1, -1, -1)
+    mixed = loss(twice, torch.cat([target, other]), torch.cat([known, known]), torch.tensor([0.8, 0.2]))
+    expected = 0.8 * loss(logits, target, known) + 0.2 * loss(logits, other, known)
+    assert float(mixed.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+
+
+def test_half_precision_logits_are_added_up_in_single_precision() -> None:
+    logits, target, known = batch(8)
+    half = logits.detach().bfloat16()
+    loss = build_loss({}, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss(half, target, known)
+    assert value.dtype == torch.float32
+    assert value == loss(half.float(), target, known)
+
+
+def test_two_ranks_have_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
+    _, target, known = batch(9, (4, 3, 8, 8, 8))
+    known[:2, 0] = 0  # what a rank knows differs from what the batch knows
+    known[2:, 1] *= target[2:, 1]
+    image = torch.rand(4, 1, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    layer = torch.nn.Conv3d(1, 3, 3, padding=1)
+    weights = [1.0, 2.0, 5.0]
+    torch.save(
+        {"image": image, "target": target, "known": known, "layer": layer.state_dict(), "weights": weights},
+        tmp_path / "batch.pt",
+    )
+    expected = build_loss({"class_weights": weights}, 3)(layer(image), target, known)
+    expected.backward()
+    assert finish(*in_ranks(2, save_loss_gradient, str(tmp_path))) == [0, 0]
+    found = torch.load(tmp_path / "ranks.pt", weights_only=True)
+    assert float(found["loss"]) == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert layer.weight.grad is not None
+    assert (found["gradient"] - layer.weight.grad).norm() <= 1e-6 * layer.weight.grad.norm()
+
+
+def test_unknown_preset_or_wrong_number_of_weights_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train\.loss 'dice' is unknown; allowed: dice_bce"):
+        build_loss({"loss": "dice"}, 3)
+    with pytest.raises(ConfigError, match="2 entries for 3 classes"):
+        build_loss({"class_weights": [1, 2]}, 3)

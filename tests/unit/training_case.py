@@ -1,0 +1,236 @@
+"""A tiny training: a store of three crops on disk, a datalist, and the request that trains on them."""
+
+import multiprocessing
+import os
+import socket
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cellmap_pipe.files import canonical_json, describe_file, write_json, write_text
+from cellmap_pipe.prepare.chunks import sample_positions, store_stem
+from cellmap_pipe.prepare.labels import UNKNOWN, count_states, encode_table
+from cellmap_pipe.prepare.store import FORMAT_VERSION, pack_index
+
+CLASSES = ["ecs", "mito_mem", "nuc"]
+
+SETTINGS: dict[str, Any] = {
+    "network": "SegResNetDS",
+    "arguments": {"init_filters": 8, "blocks_down": [1, 1, 1]},
+    "spatial_dims": 3,
+    "grid": "8nm",
+    "classes": CLASSES,
+    "revision": 0,
+    "patch": [16, 16, 16],
+    "batch": 2,
+    "accumulate": 1,
+    "optimizer": "adamw",
+    "lr": 3e-3,
+    "weight_decay": 1e-5,
+    "momentum": 0.9,
+    "schedule": "cosine",
+    "warmup": 0.1,
+    "max_steps": 12,
+    "steps_per_epoch": 4,
+    "validate_every": 1,
+    "patience": None,
+    "clip": 1.0,
+    "loss": "dice_bce",
+    "class_weights": "none",
+    "deep_supervision": [1, 0.5, 0.25],
+    "ema": True,
+    "mixup": {"probability": 0.3, "alpha": 0.4},
+    "augment": {"flips": True, "rotations": True, "intensity": True, "noise": 0.05},
+    "centred_fraction": 0.5,
+    "seed": 0,
+    "amp": "bf16",
+    "compile": False,
+    "channels_last": False,
+    "checkpoint_minutes": 0.0001,
+    "init_from": None,
+}
+
+
+def table(unknown: tuple[int, ...] = ()) -> np.ndarray:
+    """Return a state table, uint8 (256, 3): row 0 nothing, row k class k; the classes `unknown` are not annotated."""
+    states = np.full((256, len(CLASSES)), UNKNOWN, np.uint8)
+    states[: len(CLASSES) + 1] = 0
+    states[np.arange(1, len(CLASSES) + 1), np.arange(len(CLASSES))] = 1
+    for column in unknown:
+        states[: len(CLASSES) + 1, column] = UNKNOWN
+    return states
+
+
+def crop_volume(shape: tuple[int, int, int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return EM and label map of a ball (nuc) in a shell (mito_mem) in a slab, with ecs on one side."""
+    z, y, x = np.indices(shape)
+    radius = np.sqrt((z - shape[0] / 2) ** 2 + (y - shape[1] / 2) ** 2 + (x - shape[2] / 2) ** 2)
+    label = np.zeros(shape, np.uint8)
+    label[x < shape[2] // 5] = 1
+    label[(radius < 9) & (radius >= 6)] = 2
+    label[radius < 6] = 3
+    noise = np.random.default_rng(seed).normal(0, 12, shape)
+    image = np.clip(np.array([110, 200, 60, 150])[label] + noise, 0, 255).astype(np.uint8)
+    return image, label
+
+
+def write_store(root: Path, *, crops: int = 3) -> Path:
+    """Write a store of `crops` crops of two datasets under `root` and return its index."""
+    folder = root / "store"
+    folder.mkdir(parents=True)
+    records = []
+    for number in range(crops):
+        shape, margin = (30 + 2 * number, 32, 28), 4
+        image, label = crop_volume(shape, number)
+        states = table(unknown=(2,) if number == 1 else ())
+        label[:margin] = 255  # EM context
+        crop = f"set-{number % 2}/crop{number}"
+        paths = {kind: folder / f"{store_stem(crop)}_{kind}.npy" for kind in ("image", "label", "positions")}
+        np.save(paths["image"], image)
+        np.save(paths["label"], label)
+        np.save(paths["positions"], sample_positions(label, states, seed=number, per_class=200, known=400))
+        records.append(
+            {
+                "crop": crop,
+                "dataset": f"set-{number % 2}",
+                "lattice": {"voxel_nm": [8, 8, 8], "translation_nm": [0, 0, 0], "shape": list(shape)},
+                "label_offset": [margin, 0, 0],
+                "label_shape": [shape[0] - margin, *shape[1:]],
+                "table": encode_table(states, range(len(CLASSES) + 1)),
+                "classes": CLASSES,
+                "counts": count_states(label[margin:], states, CLASSES),
+                "annotated": [name for name in CLASSES if not (number == 1 and name == "nuc")],
+                "files": {kind: describe_file(path, folder) for kind, path in paths.items()},
+                "input_digest": str(number),
+            }
+        )
+    index = {
+        "format_version": FORMAT_VERSION,
+        "grid": "8nm",
+        "voxel_nm": [8, 8, 8],
+        "classes": CLASSES,
+        "store_dir": "store",
+        "normalisation": {"set-0": [40, 220], "set-1": [30, 230]},
+    }
+    write_text(root / "index.json", canonical_json(pack_index(index, records)))
+    return root / "index.json"
+
+
+def write_request(root: Path, name: str = "run", **settings: Any) -> dict[str, Any]:
+    """Return a request that trains on the first two crops of the store at `root` and validates on the third."""
+    index = root / "index.json"
+    if not index.exists():
+        write_store(root)
+    datalist = root / "fold0.json"
+    write_json(
+        datalist,
+        {
+            "training": [{"crop": "set-0/crop0"}, {"crop": "set-1/crop1"}],
+            "validation": [{"crop": "set-0/crop2"}],
+        },
+    )
+    outputs = {"weights": "model.pt", "metrics": "metrics.json", "history": "history.csv"}
+    return {
+        "rule": "train",
+        "model": "tiny",
+        "fold": "0",
+        "settings": {**SETTINGS, **settings},
+        "datalist": str(datalist),
+        "index": str(index),
+        "run_dir": str(root / "runs" / name),
+        "outputs": {kind: str(root / "results" / name / file) for kind, file in outputs.items()},
+        "device": "cpu",
+        "log": str(root / f"{name}.log"),
+        "threads": 1,
+    }
+
+
+def in_process(function: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """Call `function` in a process of its own that has torch and MONAI imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cellmap_pipe.training.main"])
+    process = context.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def in_ranks(world: int, function: Callable[..., None], *arguments: Any) -> list[BaseProcess]:
+    """Call function(environment, *arguments) in the processes that torchrun would start."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        in_process(function, {"RANK": str(rank), "LOCAL_RANK": str(rank), **shared}, *arguments)
+        for rank in range(world)
+    ]
+
+
+def start(request: dict[str, Any]) -> BaseProcess:
+    """Start a training as the workflow does."""
+    return in_process(_train, {}, write_request_file(request))
+
+
+def start_ranks(request: dict[str, Any], world: int) -> list[BaseProcess]:
+    """Start a training of several processes."""
+    return in_ranks(world, _train, write_request_file(request))
+
+
+def finish(*processes: BaseProcess) -> list[int | None]:
+    """Wait for the processes and return their exit codes."""
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
+def write_request_file(request: dict[str, Any]) -> str:
+    path = Path(request["run_dir"] + ".request.json")
+    write_json(path, request)
+    return str(path)
+
+
+def wait_for_step(request: dict[str, Any], step: int, process: BaseProcess) -> None:
+    """Return as soon as the run directory holds a checkpoint of `step` or later."""
+    run_dir = Path(request["run_dir"])
+    while process.is_alive():
+        if any(int(path.name[4:13]) >= step for path in run_dir.glob("step*.pt")):
+            return
+        time.sleep(0.002)
+    raise AssertionError(Path(request["log"]).read_text())
+
+
+def _train(environment: dict[str, str], request_path: str) -> None:
+    from cellmap_pipe.training.main import main
+
+    os.environ.update(environment)
+    main(request_path)
+
+
+def save_loss_gradient(environment: dict[str, str], folder: str) -> None:
+    """Save value and gradient of the loss of the batch in {folder}/batch.pt, of which each rank sees a part."""
+    import torch
+    from torch import distributed
+    from torch.nn.parallel import DistributedDataParallel
+
+    from cellmap_pipe.training.losses import build_loss
+
+    os.environ.update(environment)
+    distributed.init_process_group("gloo")
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    batch = torch.load(f"{folder}/batch.pt", weights_only=True)
+    image, target, known = (batch[key].chunk(world)[rank] for key in ("image", "target", "known"))
+    layer = torch.nn.Conv3d(1, target.shape[1], 3, padding=1)
+    layer.load_state_dict(batch["layer"])
+    network = DistributedDataParallel(layer)
+    loss = build_loss({"class_weights": batch["weights"]}, target.shape[1])(network(image), target, known)
+    loss.backward()
+    value = loss.detach().clone()
+    distributed.all_reduce(value)
+    if rank == 0:
+        assert layer.weight.grad is not None
+        torch.save({"loss": value / world, "gradient": layer.weight.grad}, f"{folder}/ranks.pt")
+    distributed.destroy_process_group()
