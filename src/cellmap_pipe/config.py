@@ -1,0 +1,416 @@
+"""The resolved, typed configuration of a run.
+
+Precedence: config/config.yaml < --configfile < config/models/<model>.yaml < overrides["*"] < overrides[<model>].
+Mappings merge, lists and other values are replaced, `null` removes an entry. Defaults are in config/config.yaml alone;
+what is allowed is in workflow/schemas. Errors are found before any job starts and name file and key.
+
+This module is imported whenever Snakemake reads the workflow, so it imports nothing slow.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cellmap_pipe.classes import derivable, get_class
+from cellmap_pipe.errors import ConfigError
+from cellmap_pipe.schema import Fault, Key, Schema, load_yaml, nearest
+from cellmap_pipe.training.zoo import check_network
+
+# Raise a stage's number whenever its code gives other results than before: library code triggers no rerun by itself.
+RESULT_VERSIONS: dict[str, int] = {
+    "phantom": 1,
+    "crops": 1,
+    "convert": 1,
+    "quality": 1,
+    "folds": 1,
+    "datalist": 1,
+    "chunk": 1,
+    "train": 1,
+    "predict": 1,
+    "ensemble": 1,
+    "segment": 1,
+    "evaluate": 1,
+    "submission": 1,
+    "report": 1,
+}
+
+SUBSETS = ("validation", "test")
+NATIVE = "native"
+Section = TypeVar("Section")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the data are; see `data` in config.yaml."""
+
+    root: str
+    em_path: str
+    labels_path: str
+    crops: str | None = None
+    volumes: str | None = None
+    phantom: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Folds:
+    """How crops are divided; `run` holds fold numbers as text, or "all"."""
+
+    n: int
+    run: tuple[str, ...]
+    seed: int
+    group: str
+    margin_nm: float
+    datasplit: str | None = None
+
+    @property
+    def validated(self) -> tuple[str, ...]:
+        """The folds of `run` that have validation crops."""
+        return tuple(fold for fold in self.run if fold != "all")
+
+
+@dataclass(frozen=True)
+class JobResources:
+    """What a job asks of the machine: GPUs, CPU cores, memory of the first attempt in MB, walltime in minutes."""
+
+    gpus: int
+    threads: int
+    mem_mb: int
+    runtime_min: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """One network with everything that determines its training and prediction, resolved."""
+
+    name: str
+    network: str
+    spatial_dims: int
+    arguments: Mapping[str, Any]
+    grid: str
+    classes: tuple[str, ...]
+    revision: int
+    train: Mapping[str, Any]
+    predict: Mapping[str, Any]
+    training_job: JobResources
+    prediction_job: JobResources
+
+    def training_settings(self) -> dict[str, Any]:
+        """Return what determines the trained weights, apart from the data: `train` and the network."""
+        return {
+            **self.train,
+            "network": self.network,
+            "arguments": dict(self.arguments),
+            "spatial_dims": self.spatial_dims,
+            "grid": self.grid,
+            "classes": list(self.classes),
+            "revision": self.revision,
+        }
+
+
+@dataclass(frozen=True)
+class Config:
+    """The configuration of a run. `model` gives the models, those that the run does not use included."""
+
+    data: Data
+    classes: tuple[str, ...]
+    grids: Mapping[str, tuple[float, ...] | str]
+    max_upsample: float
+    shards: int
+    models: tuple[str, ...]
+    labels: Mapping[str, Any]
+    quality: Mapping[str, Any]
+    folds: Folds
+    context_nm: float
+    segment: Mapping[str, Any]
+    rules: str
+    revisions: Mapping[str, int]
+    retrain: bool
+    resolved: Mapping[str, Model | ConfigError]
+
+    def model(self, name: str) -> Model:
+        """Return the model called `name`. Raises the ConfigError that its file or its overrides contain."""
+        model = self.resolved[name]
+        if isinstance(model, ConfigError):
+            raise model
+        return model
+
+    @property
+    def grids_in_use(self) -> tuple[str, ...]:
+        """The grids of the models that `all` trains, each once."""
+        return tuple(dict.fromkeys(self.model(name).grid for name in self.models))
+
+    def version(self, stage: str) -> str:
+        """Return the version of a stage's results: that of the library's code and the run's own revision."""
+        return f"{RESULT_VERSIONS[stage]}.{self.revisions.get(stage, 0)}"
+
+    def crop_settings(self) -> dict[str, Any]:
+        return {"em_path": self.data.em_path, "labels_path": self.data.labels_path}
+
+    def conversion_settings(self, grid: str) -> dict[str, Any]:
+        return {
+            "grid_name": grid,
+            "voxel_nm": self.grids[grid],
+            "classes": list(self.classes),
+            "labels": self.labels,
+            "max_upsample": self.max_upsample,
+            "shards": self.shards,
+            "revision": self.revisions["convert"],
+        }
+
+    def quality_settings(self) -> dict[str, Any]:
+        thresholds = {key: value for key, value in self.quality.items() if key not in ("keep", "drop")}
+        return {"settings": thresholds, "keep": self.quality["keep"], "drop": self.quality["drop"]}
+
+    def fold_settings(self) -> dict[str, Any]:
+        folds = self.folds
+        return {"n": folds.n, "seed": folds.seed, "group": folds.group, "margin_nm": folds.margin_nm}
+
+    def chunk_settings(self) -> dict[str, Any]:
+        return {
+            "context_nm": self.context_nm,
+            "max_upsample": self.max_upsample,
+            "revision": self.revisions["chunk"],
+        }
+
+    def segmentation_settings(self) -> dict[str, Any]:
+        chosen = self.segment
+        return {
+            "thresholds": {"default": chosen["threshold"], **chosen["thresholds"]},
+            "min_size_nm3": chosen["min_size_nm3"],
+            "derive": [
+                name for name in chosen["derive"] if name not in self.classes and derivable(name, self.classes)
+            ],
+            "revision": self.revisions["segment"],
+        }
+
+    def scoring_settings(self) -> dict[str, Any]:
+        return {"rules": self.rules, "classes": list(self.classes)}
+
+    def prediction_settings(self, name: str, subset: str) -> dict[str, Any]:
+        """Return what determines a prediction of model `name`, apart from its weights and the EM."""
+        predict = dict(self.model(name).predict)
+        shards = predict.pop("shards")[subset]
+        settings = {**predict, "max_upsample": self.max_upsample, "revision": self.revisions["predict"]}
+        served = {grid: self.grids[grid] for grid in self.grids_in_use}
+        return {"settings": settings, "shards": shards, "served": served}
+
+    def volume_settings(self, name: str) -> dict[str, Any]:
+        """Return where the EM of volumes is found, and the voxel size at which model `name` sees it."""
+        return {"em_path": self.data.em_path, "voxel_nm": self.grids[self.model(name).grid]}
+
+
+def load_config(
+    values: Mapping[str, Any], *, schemas: Path, models: Path, files: Sequence[str | os.PathLike[str]] = ()
+) -> Config:
+    """Return the resolved configuration.
+
+    values: the merged content of config.yaml, the --configfile files and --config. schemas: folder of config.yaml and
+    model.yaml. models: folder of the model files. files: the files that `values` come from, later ones win; they are
+    read again only to say in which of them a fault lies.
+    Raises ConfigError, one line per fault, for whatever `all` would trip over. Faults of models that `all` does not
+    use are raised by `Config.model`.
+    """
+    schema = Schema(schemas / "config.yaml")
+    # nulls stay in the overrides until they have removed something
+    overrides = values.get("overrides") or {}
+    values = dict(schema.normalised(values))
+    sources = _Sources([Path(file) for file in files])
+    faults = list(schema.faults({key: value for key, value in values.items() if key != "overrides"}))
+    faults += schema.faults({"overrides": values.get("overrides", {})}, partial=True)
+    if faults:
+        raise ConfigError("\n".join(_line(sources.of(fault.key), fault) for fault in faults))
+    _check(values, sources, [path.stem for path in models.glob("*.yaml")], overrides)
+    resolved = {
+        path.stem: _resolve_model(path, values, overrides, Schema(schemas / "model.yaml"), sources)
+        for path in sorted(models.glob("*.yaml"))
+    }
+    folds = {**values["folds"], "run": tuple(str(fold) for fold in values["folds"]["run"])}
+    config = Config(
+        data=_section(Data, values["data"]),
+        classes=tuple(values["classes"]),
+        grids={name: _voxel(grid["voxel_nm"]) for name, grid in values["grids"].items()},
+        max_upsample=float(values["max_upsample"]),
+        shards=values["shards"],
+        models=tuple(values["models"]),
+        labels=values["labels"],
+        quality=values["quality"],
+        folds=_section(Folds, folds),
+        context_nm=float(values["chunks"]["context_nm"]),
+        segment=values["segment"],
+        rules=values["evaluate"]["rules"],
+        revisions=values["revisions"],
+        retrain=values["retrain"],
+        resolved=resolved,
+    )
+    broken = [str(model) for name in config.models if isinstance(model := resolved[name], ConfigError)]
+    if broken:
+        raise ConfigError("\n".join(broken))
+    return config
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with the entries of `over`: mappings merge, everything else is replaced."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+class _Sources:
+    """Which of several configuration files sets a key."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+        self.contents = cache(load_yaml)
+
+    def of(self, key: Key) -> str:
+        """Return the last file that holds `key`, or the longest beginning of it that any file holds."""
+        for length in range(len(key), 0, -1):
+            for file in reversed(self.files):
+                if _holds(self.contents(file), key[:length]):
+                    return _shown(file)
+        return _shown(self.files[0]) if self.files else "config"
+
+
+def _holds(value: Any, key: Key) -> bool:
+    for step in key:
+        if isinstance(value, Mapping) and step in {str(name) for name in value}:
+            value = next(entry for name, entry in value.items() if str(name) == step)
+        elif isinstance(value, list) and step.isdigit() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            return False
+    return True
+
+
+def _shown(path: Path) -> str:
+    relative = os.path.relpath(path)
+    return relative if not relative.startswith("..") else str(path)
+
+
+def _line(file: str, fault: Fault) -> str:
+    return f"{file}: {'.'.join(fault.key)} {fault.message}"
+
+
+def _section(kind: type[Section], values: Mapping[str, Any]) -> Section:
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in values.items() if name in names})
+
+
+def _voxel(value: Any) -> tuple[float, ...] | str:
+    return value if isinstance(value, str) else tuple(float(size) for size in value)
+
+
+def _check(values: Mapping[str, Any], sources: _Sources, known: Sequence[str], overrides: Iterable[str]) -> None:
+    """Raise ConfigError for what a schema cannot say: names that must exist, files that were named."""
+    classes = values["classes"]
+    named: list[tuple[str, Key]] = [(name, ("classes",)) for name in classes]
+    named += [(name, ("segment", "derive")) for name in values["segment"]["derive"]]
+    named += [(name, ("labels", "empty_by_class")) for name in values["labels"]["empty_by_class"]]
+    for section in ("thresholds", "min_size_nm3"):
+        named += [(name, ("segment", section)) for name in values["segment"][section]]
+    faults = []
+    for name, key in named:
+        try:
+            get_class(name)
+        except ConfigError as error:
+            faults.append(Fault(key, f"lists an unknown class: {str(error).removeprefix('classes: ')}"))
+    faults += [
+        Fault(key, f"names an unknown model '{name}'; {nearest(name, sorted(known))}")
+        for key, names in ((("models",), values["models"]), (("overrides",), overrides))
+        for name in names
+        if name not in known and name != "*"
+    ]
+    faults += [
+        Fault(("folds", "run"), f"names fold {fold}; allowed: 0 .. {values['folds']['n'] - 1} (folds.n), all")
+        for fold in values["folds"]["run"]
+        if fold != "all" and fold >= values["folds"]["n"]
+    ]
+    if values["grid"] not in values["grids"]:
+        faults.append(Fault(("grid",), f"is '{values['grid']}'; allowed: {', '.join(values['grids'])} (of `grids`)"))
+    made_later = values["data"].get("phantom") is not None
+    faults += [
+        Fault(key, f"'{path}' does not exist (looked in {Path.cwd()}); correct the path or set it to null")
+        for key in (("data", "crops"), ("data", "volumes"), ("folds", "datasplit"))
+        if (path := values[key[0]].get(key[1])) and not made_later and not Path(path).is_file()
+    ]
+    if faults:
+        raise ConfigError("\n".join(_line(sources.of(fault.key), fault) for fault in faults))
+
+
+def _resolve_model(
+    path: Path, values: Mapping[str, Any], overrides: Mapping[str, Any], schema: Schema, sources: _Sources
+) -> Model | ConfigError:
+    """Return the model of one file, or the error that keeps it from being used."""
+    try:
+        own = load_yaml(path)
+        faults = list(schema.faults(schema.normalised(own), partial=True))
+        if faults:
+            raise ConfigError("\n".join(_line(_shown(path), fault) for fault in faults))
+        base = {key: values[key] for key in ("grid", "classes", "train", "predict", "resources")}
+        entries = base | {"arguments": {}, "revision": 0}
+        for layer in (own, overrides.get("*"), overrides.get(path.stem)):
+            entries = merged(entries, layer or {})
+        entries = schema.normalised(entries)
+
+        def source(*key: str) -> str:
+            """Return the file that decides the entry."""
+            for name in (path.stem, "*"):
+                if _holds(overrides.get(name, {}), key):
+                    return sources.of(("overrides", name, *key))
+            return _shown(path) if _holds(own, key) else sources.of(key)
+
+        for fault in schema.faults(entries):
+            raise ConfigError(_line(source(*fault.key), fault))
+        _check_model(path.stem, entries, values, source)
+    except ConfigError as error:
+        return error
+    return Model(
+        name=path.stem,
+        network=entries["network"],
+        spatial_dims=entries["spatial_dims"],
+        arguments=entries["arguments"],
+        grid=entries["grid"],
+        classes=tuple(entries["classes"]),
+        revision=entries["revision"],
+        train=entries["train"],
+        predict=entries["predict"],
+        training_job=_section(JobResources, entries["resources"]["train"]),
+        prediction_job=_section(JobResources, entries["resources"]["predict"]),
+    )
+
+
+def _check_model(name: str, entries: Mapping[str, Any], values: Mapping[str, Any], source: Any) -> None:
+    """Raise ConfigError for a model that cannot be built or trained in this run."""
+    if entries["grid"] not in values["grids"]:
+        raise ConfigError(
+            f"{source('grid')}: grid of model {name} is '{entries['grid']}'; "
+            f"allowed: {', '.join(values['grids'])} (of `grids`)"
+        )
+    outside = [entry for entry in entries["classes"] if entry not in values["classes"]]
+    if outside:
+        raise ConfigError(
+            f"{source('classes')}: classes of model {name} hold '{outside[0]}', which `classes` lacks; "
+            f"{nearest(outside[0], values['classes'])}"
+        )
+    weights = entries["train"]["class_weights"]
+    if not isinstance(weights, str) and len(weights) != len(entries["classes"]):
+        raise ConfigError(
+            f"{source('train', 'class_weights')}: train.class_weights of model {name} has {len(weights)} entries for "
+            f"{len(entries['classes'])} classes; give one per class, or none"
+        )
+    if math.fsum(entries["train"]["deep_supervision"]) <= 0:
+        raise ConfigError(
+            f"{source('train', 'deep_supervision')}: train.deep_supervision of model {name} is all zero; "
+            "at least one output must have a weight"
+        )
+    try:
+        check_network(entries["network"], entries["arguments"], entries["spatial_dims"], entries["train"]["patch"])
+    except ConfigError as error:
+        key = ("train", "patch") if "train.patch" in str(error) else ("network",)
+        raise ConfigError(f"{source(*key)}: {error}") from None

@@ -1,0 +1,202 @@
+import dataclasses
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cellmap_pipe.classes import TESTED
+from cellmap_pipe.config import RESULT_VERSIONS, Config, load_config, merged
+from cellmap_pipe.errors import ConfigError
+from cellmap_pipe.evaluation.rules import RULES
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "config" / "config.yaml"
+FOURTEEN = (
+    "ecs pm mito_mem mito_lum mito_ribo golgi_mem golgi_lum ves_mem ves_lum endo_mem endo_lum er_mem er_lum nuc".split()
+)
+
+
+def resolve(extra: str = "", *, models: Path = ROOT / "config" / "models", folder: Path | None = None) -> Config:
+    """Return the configuration that config.yaml gives with the YAML text `extra` as a --configfile."""
+    files = [CONFIG]
+    if folder is not None:
+        (folder / "extra.yaml").write_text(extra)
+        files.append(folder / "extra.yaml")
+    values = merged(yaml.safe_load(CONFIG.read_text()), yaml.safe_load(extra) or {})
+    return load_config(values, schemas=ROOT / "workflow" / "schemas", models=models, files=files)
+
+
+def refusal(extra: str, folder: Path) -> str:
+    with pytest.raises(ConfigError) as error:
+        resolve(extra, folder=folder)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_default_is_the_full_run():
+    config = resolve()
+    assert list(config.classes) == FOURTEEN
+    assert config.grids == {"8nm": (8, 8, 8), "32nm": (32, 32, 32)}
+    assert config.models == ("segresnet_ds", "flexunet_resnet34", "swinunetr", "segresnet_32nm")
+    assert config.folds.run == ("0",)
+    assert config.grids_in_use == ("8nm", "32nm")
+
+
+def test_every_model_file_can_be_used_with_the_default():
+    config = resolve()
+    assert {name: str(model) for name, model in config.resolved.items() if isinstance(model, ConfigError)} == {}
+
+
+@pytest.mark.parametrize("name", ["demo", "comparison", "challenge"])
+def test_shipped_configurations_are_valid(name):
+    config = resolve((ROOT / "config" / f"{name}.yaml").read_text())
+    assert config.models
+
+
+def test_the_challenge_configuration_has_every_tested_class():
+    config = resolve((ROOT / "config" / "challenge.yaml").read_text())
+    assert sorted(config.classes) == sorted(TESTED)
+
+
+def test_the_comparison_has_every_model():
+    config = resolve((ROOT / "config" / "comparison.yaml").read_text())
+    assert sorted(config.models) == sorted(config.resolved)
+
+
+def test_loading_costs_little():
+    started = time.process_time()
+    resolve()
+    assert time.process_time() - started < 0.5
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ("folds: {sed: 1}", "extra.yaml: folds.sed is not a known key; did you mean 'seed'?"),
+        ("grid_s: {}", "extra.yaml: grid_s is not a known key; did you mean 'grids'?"),
+        ("train: {pach: [1, 2, 3]}", "extra.yaml: train.pach is not a known key; did you mean 'patch'?"),
+        (
+            "overrides: {swinunetr: {train: {lrr: 1}}}",
+            "extra.yaml: overrides.swinunetr.train.lrr is not a known key; did you mean 'lr'?",
+        ),
+        ("overrides: {swin_unetr: {}}", "names an unknown model 'swin_unetr'; did you mean 'swinunetr'?"),
+        (
+            "classes: [ecs, mitto]",
+            "extra.yaml: classes lists an unknown class: unknown class 'mitto'; did you mean 'mito'",
+        ),
+        ("models: [segresnet_dss]", "extra.yaml: models names an unknown model 'segresnet_dss'; did you mean"),
+        ("folds: {n: 0}", "extra.yaml: folds.n is 0; allowed: a whole number >= 1 <= 100"),
+        ("folds: {n: three}", "extra.yaml: folds.n is 'three'; allowed: a whole number"),
+        ("folds: {group: crops}", "extra.yaml: folds.group is 'crops'; allowed: one of crop, dataset"),
+        ("folds: {run: [7]}", "extra.yaml: folds.run names fold 7; allowed: 0 .. 4 (folds.n), all"),
+        ("folds: {seed: null}", "folds.seed is missing"),
+        ("grids: {8nm: {voxel_nm: [8, 8]}}", "extra.yaml: grids.8nm.voxel_nm is [8, 8]; allowed: native or a list"),
+        ("grids: {8nm: {voxel_nm: [8, 8, -8]}}", "grids.8nm.voxel_nm is [8, 8, -8]; allowed: native or a list"),
+        ("grid: 4nm", "extra.yaml: grid is '4nm'; allowed: 8nm, 32nm"),
+        ("classes: [ecs, ecs]", "extra.yaml: classes lists 'ecs' twice"),
+        ("data: {volumes: nowhere.csv}", "extra.yaml: data.volumes 'nowhere.csv' does not exist"),
+        ("data: {crops: nowhere.csv}", "extra.yaml: data.crops 'nowhere.csv' does not exist"),
+        ("folds: {datasplit: nowhere.csv}", "extra.yaml: folds.datasplit 'nowhere.csv' does not exist"),
+        (
+            "overrides: {swinunetr: {network: SwinUNET}}",
+            "extra.yaml: network 'SwinUNET' is unknown; did you mean SwinUNETR?",
+        ),
+        (
+            "overrides: {swinunetr: {train: {patch: [96, 96, 90]}}}",
+            "extra.yaml: train.patch [96, 96, 90] must be divisible by 32 for SwinUNETR; try [96, 96, 96]",
+        ),
+        ("overrides: {swinunetr: {grid: 4nm}}", "extra.yaml: grid of model swinunetr is '4nm'; allowed: 8nm, 32nm"),
+        (
+            "overrides: {swinunetr: {classes: [mito]}}",
+            "extra.yaml: classes of model swinunetr hold 'mito', which `classes`",
+        ),
+        ("overrides: {swinunetr: {train: {class_weights: [1, 2]}}}", "has 2 entries for 14 classes"),
+        ("train: {lr: fast}", "extra.yaml: train.lr is 'fast'; allowed: a number > 0 (highest learning rate)"),
+        ("retrain: perhaps", "extra.yaml: retrain is 'perhaps'; allowed: true or false"),
+    ],
+)
+def test_a_fault_is_one_line_with_file_key_and_remedy(extra, expected, tmp_path):
+    assert expected in refusal(extra, tmp_path)
+
+
+def test_a_fault_of_a_model_file_names_the_file(tmp_path):
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "small.yaml").write_text("network: SegResNetDS\nspatial_dims: 3\ntrain: {patch: [100, 128, 128]}\n")
+    with pytest.raises(ConfigError, match=r"models/small.yaml: train.patch \[100, 128, 128\] must be divisible by 8"):
+        resolve("models: [small]", models=models)
+    (models / "small.yaml").write_text("network: SegResNetDS\nspatial_dims: 3\ntrian: {}\n")
+    with pytest.raises(ConfigError, match=r"models/small.yaml: trian is not a known key; did you mean 'train'\?"):
+        resolve("models: [small]", models=models)
+
+
+def test_a_fault_of_a_model_that_is_not_used_is_raised_when_it_is_asked_for(tmp_path):
+    config = resolve("overrides: {vit_3d: {network: VIT}}", folder=tmp_path)
+    assert config.model("swinunetr").network == "SwinUNETR"
+    with pytest.raises(ConfigError, match="network 'VIT' is unknown"):
+        config.model("vit_3d")
+
+
+def test_entries_that_are_not_in_use_are_inert():
+    config = resolve("grids: {1nm: {voxel_nm: [1, 1, 1]}}\nclasses: [pm, mito]\nmodels: [swinunetr]\n")
+    assert config.grids_in_use == ("8nm",)
+    assert config.segmentation_settings()["derive"] == []
+
+
+def test_groups_are_derived_only_where_the_classes_make_them_up():
+    assert resolve().segmentation_settings()["derive"] == ["golgi", "ves", "endo", "mito"]
+
+
+def test_overrides_win_over_the_model_file_which_wins_over_the_configuration():
+    def lr(extra: str) -> float:
+        return resolve(extra).model("swinunetr").train["lr"]
+
+    assert lr("") == 1e-4
+    assert lr("train: {lr: 0.5}") == 1e-4
+    assert resolve("train: {lr: 0.5}\noverrides: {}").model("segresnet_ds").train["momentum"] == 0.9
+    assert lr("overrides: {'*': {train: {lr: 0.2}}}") == 0.2
+    assert lr("overrides: {'*': {train: {lr: 0.2}}, swinunetr: {train: {lr: 0.3}}}") == 0.3
+
+
+def test_mappings_merge_lists_are_replaced_and_null_removes():
+    config = resolve("grids: {32nm: null, 4nm: {voxel_nm: [4, 4, 4]}}\nmodels: [swinunetr]\nclasses: [pm, nuc]\n")
+    assert config.grids == {"8nm": (8, 8, 8), "4nm": (4, 4, 4)}
+    assert config.classes == ("pm", "nuc")
+    model = resolve("overrides: {swinunetr: {arguments: {use_v2: null}}}").model("swinunetr")
+    assert model.arguments == {"feature_size": 48}
+
+
+def test_null_stays_where_it_is_a_value():
+    assert resolve("train: {clip: null}").model("swinunetr").train["clip"] is None
+
+
+def test_numbers_in_exponent_notation_are_numbers():
+    config = resolve("overrides: {swinunetr: {train: {lr: 1e-5, max_steps: 2e3}, arguments: {drop_rate: 1e-1}}}")
+    model = config.model("swinunetr")
+    assert model.train["lr"] == 1e-5
+    assert model.train["max_steps"] == 2000
+    assert isinstance(model.train["max_steps"], int)
+    assert model.arguments["drop_rate"] == 0.1
+
+
+def test_every_result_depends_on_its_revision_and_nothing_else_of_that_section():
+    config, revised = resolve(), resolve("revisions: {convert: 1}")
+    assert config.version("convert") != revised.version("convert")
+    assert {stage for stage in RESULT_VERSIONS if config.version(stage) != revised.version(stage)} == {"convert"}
+
+
+def test_resources_do_not_enter_the_settings():
+    extra = "overrides: {'*': {resources: {train: {gpus: 0}, predict: {gpus: 0}}}}"
+    assert resolve().model("swinunetr").training_settings() == resolve(extra).model("swinunetr").training_settings()
+
+
+def test_the_resolved_configuration_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        resolve().models = ()  # type: ignore[misc]
+
+
+def test_the_schema_knows_every_version_of_the_rules():
+    schema = yaml.safe_load((ROOT / "workflow" / "schemas" / "config.yaml").read_text())
+    assert sorted(schema["properties"]["evaluate"]["properties"]["rules"]["enum"]) == sorted(RULES)

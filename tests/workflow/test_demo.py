@@ -1,0 +1,166 @@
+"""The demo from beginning to end: what it makes, what it costs, and that a second run finds nothing to do."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cellmap_pipe.cli import main
+
+ROOT = Path(__file__).parents[2]
+MODELS = ("segresnet_ds", "unet_3d")
+
+
+def child_seconds() -> float:
+    """Return the CPU seconds of all processes that were waited for."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def snakemake(folder: Path, *arguments: str, extra: Path | None = None) -> str:
+    """Run the demo's workflow with everything under `folder`; return what Snakemake says."""
+    configuration = ["config/demo.yaml", *([str(extra)] if extra else [])]
+    command = [sys.executable, "-m", "snakemake", *arguments, "--cores", "2", "--directory", str(folder)]
+    command += ["--snakefile", "workflow/Snakefile", "--configfile", *configuration]
+    command += ["--rerun-triggers", "mtime", "params", "input"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    logs = "".join(path.read_text()[-1500:] for path in folder.glob("logs/**/*.log")) if done.returncode else ""
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:] + logs[-8000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working directory of a finished demo."""
+    folder = tmp_path_factory.mktemp("demo")
+    begun = child_seconds()
+    snakemake(folder, "all", "--report", "report.html", "--report-after-run")
+    spent = child_seconds() - begun
+    (folder / "cpu_seconds.txt").write_text(f"{spent:.0f}")
+    return folder
+
+
+def scores(demo: Path, source: str) -> dict:
+    return json.loads((demo / "results" / "scores" / source / "fold0.json").read_text())
+
+
+def test_it_stays_within_its_budget(demo):
+    spent = int((demo / "cpu_seconds.txt").read_text())
+    print(f"the demo took {spent} CPU-seconds")
+    assert spent <= 720
+
+
+def test_crops_that_cannot_be_used_are_rejected_with_their_cause(demo):
+    with (demo / "results/quality/16nm/crops.csv").open() as stream:
+        rows = {row["crop"]: row for row in csv.DictReader(stream)}
+    rejected = {crop: row["cause"] for crop, row in rows.items() if row["verdict"] == "reject"}
+    assert rejected == {
+        "phantom-1/crop106": "blank EM",
+        "phantom-2/crop205": "nothing annotated",
+        "phantom-3/crop304": "EM not on disk",
+    }
+    used = [row for row in rows.values() if row["verdict"] == "keep"]
+    assert len(used) >= 8
+    assert len({row["dataset"] for row in used}) == 3
+
+
+def test_no_crop_is_on_both_sides(demo):
+    datalist = json.loads((demo / "results/datalist/16nm/fold0.json").read_text())
+    training, validation = ({entry["crop"] for entry in datalist[side]} for side in ("training", "validation"))
+    assert training and validation
+    assert not training & validation
+
+
+def test_the_networks_learn(demo):
+    dice = {model: scores(demo, model)["mean_dice"] for model in MODELS}
+    untrained = [
+        json.loads((demo / f"results/train/{model}/fold0/metrics.json").read_text())["untrained_mean_dice"]
+        for model in MODELS
+    ]
+    print(f"mean Dice {dice}, untrained {untrained}")
+    assert max(dice.values()) >= 0.35
+    assert min(dice.values()) > 2 * max(untrained)
+
+
+def test_the_scores_are_above_those_of_an_empty_answer(demo):
+    best = max((scores(demo, source) for source in (*MODELS, "ensemble")), key=lambda entry: entry["mean_dice"])
+    assert best["aggregate"]["overall_semantic_score"] > best["background"]["overall_semantic_score"] + 0.1
+    assert best["clean"]["overall_score"] > best["background"]["overall_score"]
+
+
+def test_the_table_compares_models_and_ensemble(demo):
+    with (demo / "results/report/scores.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["source"] for row in rows} == {*MODELS, "ensemble"}
+    assert {f"{float(row['ceiling']):.3f}" for row in rows if row["ceiling"]} == {"0.384"}
+
+
+def test_the_submission_answers_every_row_and_can_be_scored(demo):
+    report = json.loads((demo / "results/submission/report.json").read_text())
+    with (demo / "challenge/test_crop_manifest.csv").open() as stream:
+        assert report["rows"] == len(list(csv.DictReader(stream)))
+    paths = ["results/submission/submission.zip", "challenge/truth/test.zarr"]
+    arguments = [str(demo / path) for path in paths] + ["--workers", "1", "--out", str(demo / "test_scores.json")]
+    assert main(["score", *arguments]) == 0
+    result = json.loads((demo / "test_scores.json").read_text())
+    print(f"test volumes: overall {result['overall_score']:.3f}, semantic {result['overall_semantic_score']:.3f}")
+    assert result["num_evals_done"] == result["total_evals"] == report["rows"]
+    assert result["overall_semantic_score"] > 0.1
+
+
+def test_the_report_is_one_file_with_every_figure(demo):
+    text = (demo / "report.html").read_text()
+    for name in ("quality_16nm.png", "audit_16nm.html", "training.svg", "scores.html", "predictions_fold0.png"):
+        assert name in text
+
+
+def test_a_second_run_finds_nothing_to_do(demo):
+    assert "Nothing to be done" in snakemake(demo, "all")
+
+
+def test_the_files_are_what_the_results_say(demo):
+    snakemake(demo, "verify")
+    assert "contracts agree with the disk" in (demo / "logs/verify.log").read_text()
+
+
+def test_declared_results_are_small_and_nothing_partial_is_left(demo):
+    declared = [path for path in (demo / "results").rglob("*.json") if ".zarr" not in str(path)]
+    assert max(path.stat().st_size for path in declared) < 1_000_000
+    assert not list(demo.rglob(".partial-*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "first", "untouched"),
+    [
+        ("revisions: {segment: 1}", "segment", "predict"),
+        ("overrides: {unet_3d: {train: {lr: 0.01}}}", "train", "chunk"),
+        ("quality: {min_std: 3}", "quality", "convert"),
+    ],
+)
+def test_a_change_does_again_only_what_depends_on_it(demo, change, first, untouched):
+    (demo / "change.yaml").write_text(change)
+    plan = snakemake(demo, "all", "-n", "--quiet", "rules", extra=demo / "change.yaml")
+    jobs = plan.split("Job stats:")[1].split("total")[0]
+    assert re.search(rf"^{first} ", jobs, re.MULTILINE)
+    assert not re.search(rf"^{untouched} ", jobs, re.MULTILINE)
+
+
+def test_a_change_of_resources_does_nothing_again(demo):
+    (demo / "change.yaml").write_text("overrides: {'*': {resources: {train: {gpus: 0, threads: 2}}}}")
+    assert "Nothing to be done" in snakemake(demo, "all", "-n", extra=demo / "change.yaml")
+
+
+def test_a_new_crop_is_never_overlooked(demo):
+    folder = demo / "challenge/phantom-1/phantom-1.zarr/recon-1/labels/groundtruth/crop199/ecs"
+    folder.mkdir(parents=True)
+    try:
+        assert "rule crops" in snakemake(demo, "results/crops.csv", "-n")
+    finally:
+        shutil.rmtree(folder.parent)

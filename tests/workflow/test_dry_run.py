@@ -1,0 +1,186 @@
+"""What the workflow plans, and how it refuses a configuration; nothing is run but Snakemake itself."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODELS = sorted(path.stem for path in (ROOT / "config" / "models").glob("*.yaml"))
+
+
+def snakemake(*arguments: str | Path, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SNAKEMAKE")}
+    return subprocess.run(
+        [sys.executable, "-m", "snakemake", *map(str, arguments)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def plan(*arguments: str | Path, folder: Path = ROOT) -> dict[str, int]:
+    """Return the number of jobs by rule of a dry-run."""
+    result = snakemake(*arguments, "-n", "--quiet", "rules", folder=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    table = (result.stdout + result.stderr).split("Job stats:")[-1]
+    return {rule: int(count) for rule, count in re.findall(r"^([a-z_0-9]+) +(\d+)$", table, re.MULTILINE)}
+
+
+def refusal(folder: Path, extra: str, *arguments: str) -> str:
+    """Return the one line with which the workflow refuses the configuration `extra`."""
+    (folder / "extra.yaml").write_text(extra)
+    result = in_folder(folder, *arguments, "--configfile", folder / "extra.yaml")
+    assert result.returncode == 1
+    lines = [line for line in (result.stdout + result.stderr).splitlines() if line.startswith("ERROR")]
+    assert len(lines) == 1, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+def child_seconds() -> float:
+    """Return the CPU seconds of all processes that were waited for."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def in_folder(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the workflow from elsewhere, with all results under `folder`."""
+    return snakemake(
+        *arguments, "--cores", 1, "--directory", folder, "--snakefile", ROOT / "workflow" / "Snakefile", folder=folder
+    )
+
+
+def test_the_default_is_planned_although_its_data_are_missing():
+    started = child_seconds()
+    jobs = plan()
+    assert child_seconds() - started < 4  # 2 s alone on a machine
+    assert jobs["train"] == 4
+    assert jobs["convert"] == jobs["chunk"] == 32
+    assert jobs["evaluate"] == 5  # four models and their ensemble
+    assert "submission" not in jobs
+    assert jobs["total"] < 120
+
+
+def test_a_model_can_be_trained_by_name():
+    jobs = plan("train_swinunetr")
+    assert jobs["train"] == jobs["train_swinunetr"] == 1
+    assert jobs["convert"] == 16  # of its grid alone
+    assert "predict" not in jobs
+
+
+def test_every_model_has_its_targets():
+    targets = snakemake("--list-rules").stdout.split()
+    for model in MODELS:
+        assert {f"train_{model}", f"predict_{model}", f"evaluate_{model}", f"segment_{model}"} <= set(targets)
+    assert "verify" in targets
+
+
+def test_the_cluster_profile_is_planned():
+    pytest.importorskip("snakemake_executor_plugin_slurm")
+    assert plan("--profile", "profiles/longleaf", "all")["train"] == 4
+
+
+def test_the_demo_is_planned_with_its_synthetic_data(tmp_path):
+    jobs = plan(
+        "all", "--directory", tmp_path, "--snakefile", ROOT / "workflow/Snakefile", "--configfile", "config/demo.yaml"
+    )
+    assert jobs["phantom"] == jobs["submission"] == 1
+    assert jobs["train"] == 2
+
+
+def test_the_comparison_trains_every_model():
+    jobs = plan("--configfile", "config/comparison.yaml")
+    assert jobs["train"] == len(MODELS)
+    assert jobs["evaluate"] == len(MODELS) + 1
+
+
+def test_all_classes_all_models_and_all_folds_stay_a_small_plan(tmp_path):
+    (tmp_path / "volumes.csv").write_text("crop_name,dataset,class_label,voxel_size,translation,shape\n")
+    (tmp_path / "extra.yaml").write_text(
+        f"folds: {{run: [0, 1, 2, 3, 4]}}\ndata: {{volumes: {tmp_path / 'volumes.csv'}}}\n"
+    )
+    files = ["config/challenge.yaml", "config/comparison.yaml", tmp_path / "extra.yaml"]
+    started = child_seconds()
+    jobs = plan("--configfile", *files)
+    assert child_seconds() - started < 8  # 4 s alone on a machine
+    assert jobs["train"] == 5 * len(MODELS)
+    assert jobs["predict"] == 5 * len(MODELS) * (1 + 4)
+    assert jobs["submission"] == 1
+    assert jobs["total"] < 800
+
+
+def test_a_volume_is_segmented_by_each_fold_of_a_model(tmp_path):
+    (tmp_path / "volumes.csv").write_text("crop_name,dataset,class_label,voxel_size,translation,shape\n")
+    (tmp_path / "extra.yaml").write_text(f"folds: {{run: [0, 1]}}\ndata: {{volumes: {tmp_path / 'volumes.csv'}}}\n")
+    jobs = plan("segment_unet_2d", "--configfile", tmp_path / "extra.yaml")
+    assert jobs["segment"] == 2
+    assert jobs["predict"] == 8
+
+
+def test_a_training_on_all_crops_has_nothing_to_score():
+    jobs = plan("--config", "folds={run: [all]}")
+    assert jobs["train"] == 4
+    assert "evaluate" not in jobs
+    assert "compare" not in jobs
+
+
+def test_a_missing_data_folder_is_one_line_before_any_job(tmp_path):
+    message = refusal(tmp_path, "data: {root: nowhere}")
+    assert "data.root: 'nowhere' does not exist" in message
+    assert str(tmp_path) in message
+    assert "set data.root" in message
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ("foldz: {n: 3}", "extra.yaml: foldz is not a known key; did you mean 'folds'?"),
+        ("classes: [ecs, nucc]", "unknown class 'nucc'; did you mean 'nuc'?"),
+        ("overrides: {swinunetr: {network: SwinUNTR}}", "network 'SwinUNTR' is unknown; did you mean SwinUNETR?"),
+        (
+            "overrides: {swinunetr: {train: {patch: [96, 96, 100]}}}",
+            "train.patch [96, 96, 100] must be divisible by 32",
+        ),
+    ],
+)
+def test_a_bad_configuration_is_refused_in_one_line(tmp_path, extra, expected):
+    assert expected in refusal(tmp_path, extra, "-n")
+
+
+def test_a_fault_of_a_model_shows_when_it_is_targeted(tmp_path):
+    extra = "overrides: {vit_3d: {train: {patch: [30, 256, 256]}}}"
+    (tmp_path / "extra.yaml").write_text(extra)
+    assert in_folder(tmp_path, "-n", "--configfile", tmp_path / "extra.yaml").returncode == 0
+    assert "train.patch [30, 256, 256] must be divisible by 16" in refusal(tmp_path, extra, "train_vit_3d", "-n")
+
+
+@pytest.mark.parametrize("target", ["submission", "segment_swinunetr"])
+def test_without_volumes_their_targets_name_the_key_to_set(tmp_path, target):
+    assert "data.volumes is not set" in refusal(tmp_path, "data: {volumes: null}", target, "-n")
+
+
+def test_the_environment_file_pins_the_versions_of_the_constraints():
+    def pins(path: Path) -> set[str]:
+        return set(re.findall(r"[\w.-]+==[\w.+-]+", path.read_text()))
+
+    assert pins(ROOT / "workflow/envs/cellmap_pipe.yaml") == pins(ROOT / "constraints.txt")
+
+
+def test_every_script_is_thin():
+    for script in (ROOT / "workflow" / "scripts").glob("*.py"):
+        text = script.read_text().replace("if TYPE_CHECKING:", "")
+        assert not re.search(r"^\s*(if|for|while|def) ", text, re.MULTILINE), script
+        assert "numpy" not in text
+
+
+def test_no_profile_reruns_because_code_changed():
+    for profile in (ROOT / "profiles").glob("*/config*.yaml"):
+        assert "rerun-triggers: [mtime, params, input]" in profile.read_text(), profile

@@ -1,0 +1,150 @@
+import sys
+from pathlib import Path
+
+from cellmap_pipe.config import load_config
+from cellmap_pipe.errors import ConfigError
+from cellmap_pipe.files import canonical_json
+
+
+report: "../report/workflow.rst"
+
+
+def refuse(error):
+    """Stop with the one line of `error`; Snakemake would put a traceback round an exception."""
+    sys.exit(f"ERROR {error}")
+
+
+try:
+    CONFIG = load_config(
+        config,
+        schemas=Path(workflow.basedir) / "schemas",
+        models=Path(workflow.basedir).parent / "config" / "models",
+        # Snakemake lists the workflow's own file last, though the others replace its values
+        files=[workflow.configfiles[-1], *workflow.configfiles[:-1]],
+    )
+except ConfigError as error:
+    refuse(error)
+
+KNOWN_MODELS = list(CONFIG.resolved)
+MODELS = list(CONFIG.models)
+SOURCES = [*MODELS, "ensemble"]
+SHARDS = range(CONFIG.shards)
+FOLDS = CONFIG.folds.run
+VALIDATED_FOLDS = CONFIG.folds.validated
+
+
+wildcard_constraints:
+    grid="[^/]+",
+    model="|".join(KNOWN_MODELS),
+    source="|".join([*KNOWN_MODELS, "ensemble"]),
+    shard=r"\d+",
+    fold=r"\d+|all",
+    subset="validation|test",
+
+
+def model_named(name):
+    """Return a model; the faults of one that `all` does not use show when it is asked for."""
+    try:
+        return CONFIG.model(name)
+    except ConfigError as error:
+        refuse(error)
+
+
+def model_of(wildcards):
+    """Return the model that a job is about."""
+    return model_named(wildcards.model)
+
+
+def volumes_table(wildcards):
+    """Return the table of the volumes to segment."""
+    if not CONFIG.data.volumes:
+        refuse(
+            "data.volumes is not set; set it to the CSV of the volumes to segment, in the format of the challenge's"
+            " test_crop_manifest.csv"
+        )
+    return CONFIG.data.volumes
+
+
+def given(path):
+    """Return `path` as a list of input files, empty where the configuration names none."""
+    return [path] if path else []
+
+
+def require_data():
+    """Stop, before any job, if the data are not where the configuration says."""
+    root = Path(CONFIG.data.root)
+    if not CONFIG.data.phantom and not root.is_dir():
+        refuse(
+            f"data.root: '{root}' does not exist (looked in {Path.cwd()}); set data.root, in a file given by"
+            " --configfile, to the folder that holds {dataset}/{dataset}.zarr"
+        )
+
+
+def listing(wildcards):
+    """Return a digest of the crops on disk; taken when a job is planned, not when the workflow is read."""
+    from cellmap_pipe.prepare.crops import data_listing
+
+    return data_listing(config["data"])
+
+
+def volumes_of(wildcards):
+    """Return what says which volumes a prediction is about: the fold's crops, or the table of volumes."""
+    if wildcards.subset == "test":
+        return {"volumes_csv": volumes_table(wildcards)}
+    grid = model_of(wildcards).grid
+    return {
+        "quality_csv": f"results/quality/{grid}/crops.csv",
+        "folds_csv": rules.folds.output.table,
+        "convert_jsons": expand(rules.convert.output.index, grid=grid, shard=SHARDS),
+    }
+
+
+def predictions(model, folds, subset):
+    """Return the function that names one model's predictions of all volumes of a subset."""
+
+    def paths(wildcards):
+        return [
+            path
+            for fold in folds
+            for path in expand(
+                rules.predict.output.index,
+                model=model,
+                fold=fold,
+                subset=subset,
+                shard=range(model_named(model).predict["shards"][subset]),
+            )
+        ]
+
+    return paths
+
+
+def members_of(wildcards):
+    """Return the predictions that an ensemble averages: over the models, with fold `all` over the folds as well."""
+    folds = FOLDS if wildcards.fold == "all" else [wildcards.fold]
+    return [
+        path
+        for model in MODELS
+        for path in predictions(model, folds, wildcards.subset)(wildcards)
+    ]
+
+
+def probabilities_of(wildcards):
+    """Return the predictions that a segmentation begins with."""
+    source, fold, subset = wildcards.source, wildcards.fold, wildcards.subset
+    if source == "ensemble":
+        return expand(rules.ensemble.output.index, subset=subset, fold=fold)
+    return predictions(source, [fold], subset)(wildcards)
+
+
+def everything(wildcards):
+    """Return what `all` makes: what needs validation crops or volumes is left out where there are none."""
+    targets = [*rules.training_curves.output]
+    targets += expand(rules.quality_page.output, grid=CONFIG.grids_in_use)
+    if VALIDATED_FOLDS:
+        targets += [*rules.compare.output]
+        targets += expand(rules.predictions_page.output, fold=VALIDATED_FOLDS)
+    if CONFIG.data.volumes:
+        targets += [*rules.submission.output]
+    else:
+        logger.info("data.volumes is not set: `all` makes no submission")
+    return targets

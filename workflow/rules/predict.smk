@@ -1,0 +1,83 @@
+rule predict:
+    input:
+        unpack(volumes_of),
+        weights=rules.train.output.weights,
+    output:
+        index="results/predict/{model}/fold{fold}/{subset}/shard{shard}.json",
+    log:
+        "logs/predict/{model}_fold{fold}_{subset}_shard{shard}.log",
+    conda:
+        "../envs/cellmap_pipe.yaml"
+    threads: lambda wc: model_of(wc).prediction_job.threads
+    resources:
+        gpu=lambda wc: model_of(wc).prediction_job.gpus,
+        cpus_per_task=lambda wc: model_of(wc).prediction_job.threads,
+        mem_mb=lambda wc, attempt: model_of(wc).prediction_job.mem_mb * attempt,
+        runtime=lambda wc: model_of(wc).prediction_job.runtime_min,
+    params:
+        settings=lambda wc: canonical_json(
+            CONFIG.prediction_settings(wc.model, wc.subset)
+        ),
+        volumes=lambda wc: canonical_json(CONFIG.volume_settings(wc.model)),
+        version=CONFIG.version("predict"),
+        store_dir="results/predict/{model}/fold{fold}/{subset}/volumes",
+    script:
+        "../scripts/predict.py"
+
+
+rule ensemble:
+    input:
+        members=members_of,
+    output:
+        index="results/ensemble/{subset}/fold{fold}.json",
+    log:
+        "logs/ensemble/{subset}_fold{fold}.log",
+    conda:
+        "../envs/cellmap_pipe.yaml"
+    threads: 8
+    resources:
+        mem_mb=lambda wc, attempt: 24000 * attempt,
+        runtime=480,
+    params:
+        version=CONFIG.version("ensemble"),
+        store_dir="results/ensemble/{subset}/volumes_fold{fold}",
+    script:
+        "../scripts/ensemble.py"
+
+
+rule segment:
+    input:
+        probabilities=probabilities_of,
+    output:
+        index="results/segment/{source}/fold{fold}/{subset}.json",
+    log:
+        "logs/segment/{source}_fold{fold}_{subset}.log",
+    conda:
+        "../envs/cellmap_pipe.yaml"
+    threads: 8
+    resources:
+        mem_mb=lambda wc, attempt: 48000 * attempt,
+        runtime=720,
+    params:
+        settings=canonical_json(CONFIG.segmentation_settings()),
+        version=CONFIG.version("segment"),
+        store_dir="results/segment/{source}/fold{fold}/{subset}",
+    script:
+        "../scripts/segment.py"
+
+
+for _model in KNOWN_MODELS:
+
+    rule:
+        name:
+            f"predict_{_model}"
+        input:
+            predictions(_model, VALIDATED_FOLDS, "validation"),
+        localrule: True
+
+    rule:
+        name:
+            f"segment_{_model}"
+        input:
+            expand(rules.segment.output.index, source=_model, fold=FOLDS, subset="test"),
+        localrule: True

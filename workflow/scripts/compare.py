@@ -1,0 +1,21 @@
+"""Tabulate and draw the scores of all models and of the ensemble."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cellmap_pipe.log import job
+from cellmap_pipe.report.figures import class_scores, ensemble_gain
+from cellmap_pipe.report.tables import write_scores
+
+if TYPE_CHECKING:
+    from snakemake.iocontainers import snakemake
+
+with job(snakemake):
+    write_scores(
+        snakemake.input.scores,
+        snakemake.input.metrics,
+        Path(snakemake.output.table),
+        Path(snakemake.output.page),
+    )
+    class_scores(snakemake.input.scores, Path(snakemake.output.classes))
+    ensemble_gain(snakemake.input.scores, Path(snakemake.output.gain))

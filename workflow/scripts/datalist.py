@@ -1,0 +1,18 @@
+"""Write the training and validation crops of one fold in MONAI's format."""
+
+from typing import TYPE_CHECKING
+
+from cellmap_pipe.log import job
+from cellmap_pipe.prepare.datalist import write_datalists
+
+if TYPE_CHECKING:
+    from snakemake.iocontainers import snakemake
+
+with job(snakemake):
+    write_datalists(
+        snakemake.input.crops,
+        snakemake.input.folds,
+        snakemake.input.converted,
+        {snakemake.wildcards.fold: snakemake.output.datalist},
+        nifti_dir=snakemake.params.nifti_dir,
+    )

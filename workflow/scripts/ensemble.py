@@ -1,0 +1,17 @@
+"""Average the probabilities of several predictions."""
+
+from typing import TYPE_CHECKING
+
+from cellmap_pipe.log import job
+from cellmap_pipe.prediction.ensemble import write_ensemble
+
+if TYPE_CHECKING:
+    from snakemake.iocontainers import snakemake
+
+with job(snakemake):
+    write_ensemble(
+        snakemake.input.members,
+        snakemake.output.index,
+        store_dir=snakemake.params.store_dir,
+        workers=snakemake.threads,
+    )

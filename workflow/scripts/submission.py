@@ -1,0 +1,23 @@
+"""Pack and check the submission."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cellmap_pipe.evaluation.submission import pack
+from cellmap_pipe.log import job
+from cellmap_pipe.report.tables import write_submission
+
+if TYPE_CHECKING:
+    from snakemake.iocontainers import snakemake
+
+with job(snakemake):
+    pack(
+        snakemake.input.segmentation,
+        snakemake.input.volumes,
+        snakemake.output.archive,
+        snakemake.output.checks,
+        workers=snakemake.threads,
+        **json.loads(snakemake.params.settings),
+    )
+    write_submission(Path(snakemake.output.checks), Path(snakemake.output.page))
