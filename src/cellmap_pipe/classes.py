@@ -1,7 +1,7 @@
 """The challenge's classes as data: ids, atoms, groups, and the relations that follow from them.
 
-An atom is a class made of no other; a group is a union of atoms. Two classes are disjoint if they share no atom; a class
-contains another if it has all of its atoms and more.
+An atom is a class made of no other; a group is a union of atoms. Two classes are disjoint if they share no atom; a
+class contains another if it has all of its atoms and more.
 """
 
 import difflib

@@ -181,9 +181,7 @@ class Config:
         return {
             "thresholds": {"default": chosen["threshold"], **chosen["thresholds"]},
             "min_size_nm3": chosen["min_size_nm3"],
-            "derive": [
-                name for name in chosen["derive"] if name not in self.classes and derivable(name, self.classes)
-            ],
+            "derive": [name for name in chosen["derive"] if name not in self.classes and derivable(name, self.classes)],
             "revision": self.revisions["segment"],
         }
 

@@ -1,7 +1,8 @@
 """Where voxels lie in the world: lattices in nanometres, their boxes, and the choice of a resolution level.
 
 Axis order is (z, y, x) everywhere. The world position of index i is translation + i * voxel: `translation_nm` is the
-**centre** of voxel 0 (as OME-NGFF and the challenge have it), so boxes are compared by their edges, half a voxel further out.
+**centre** of voxel 0, as in OME-NGFF and in the challenge's data, so boxes are compared by their edges, half a voxel
+further out.
 """
 
 import math

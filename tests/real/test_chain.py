@@ -96,7 +96,7 @@ def test_every_crop_gets_the_verdict_that_its_description_asks_for(run: Path, ex
     assert verdicts["fly_medulla-3/crop304"]["cause"] == "nothing annotated"
     # the description says that these labels were rolled by (30, 45, 38) voxels
     assert "misregistered" in verdicts["fly_medulla-3/crop305"]["cause"]
-    assert "(-30, -45, -38)" in verdicts["fly_medulla-3/crop305"]["cause"]
+    assert "(+30, +45, +38)" in verdicts["fly_medulla-3/crop305"]["cause"]
 
 
 def test_stored_voxels_are_counted_by_state_as_described(records: dict, expected: dict) -> None:

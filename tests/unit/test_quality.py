@@ -53,7 +53,7 @@ def failed(crop, cause):
                   em_valid_fraction=0.0, em_inside_fraction=0.0)  # fmt: skip
 
 
-MISREGISTERED = "misregistered: the labels fit the image best when moved by (-3, +0, +12) voxels (z, y, x)"
+MISREGISTERED = "misregistered: labels are off by (+3, +0, -12) voxels (z, y, x)"
 NOTHING_KNOWN = {name: {"present": 0, "absent": 0, "unknown": 120} for name in CLASSES}
 
 

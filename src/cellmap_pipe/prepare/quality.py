@@ -48,8 +48,8 @@ def judge(record: Record, settings: Mapping[str, float]) -> tuple[str, str]:
     if record["em_stats"]["std"] < settings["min_std"]:
         return FLAG, "low contrast"
     if record["registration"]["verdict"] == "displaced":
-        shift = ", ".join(f"{part:+d}" for part in record["registration"]["shift"])
-        return FLAG, f"misregistered: the labels fit the image best when moved by ({shift}) voxels (z, y, x)"
+        shift = ", ".join(f"{-part:+d}" for part in record["registration"]["shift"])
+        return FLAG, f"misregistered: labels are off by ({shift}) voxels (z, y, x)"
     return KEEP, ""
 
 

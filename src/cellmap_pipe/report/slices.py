@@ -98,7 +98,7 @@ def _draw_crop(
     return visible(masks)
 
 
-def _shortened(text: str, most: int = 34) -> str:
+def _shortened(text: str, most: int = 26) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

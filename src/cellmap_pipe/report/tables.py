@@ -242,7 +242,8 @@ def _ceiling_sentence(scores: Sequence[Scores], learned: Collection[str]) -> str
     derived = f"; with the groups that are derived from them, {answered:.3f}" if answered > alone else ""
     return (
         f"The challenge tests {len(TESTED)} classes and counts a missing one as 0. The highest overall score that the "
-        f"{len(learned)} learned classes can reach there is {alone:.3f}{derived}."
+        f"{len(learned)} learned classes can reach there is {alone:.3f}{derived}. The scores below are means over the "
+        "classes that these crops annotate, not over all of those, and may therefore be higher."
     )
 
 
