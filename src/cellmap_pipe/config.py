@@ -52,6 +52,7 @@ class Data:
     labels_path: str
     crops: str | None = None
     volumes: str | None = None
+    truth: str | None = None
     phantom: Mapping[str, Any] | None = None
 
 
@@ -334,8 +335,8 @@ def _check(values: Mapping[str, Any], sources: _Sources, known: Sequence[str], o
     made_later = values["data"].get("phantom") is not None
     faults += [
         Fault(key, f"'{path}' does not exist (looked in {Path.cwd()}); correct the path or set it to null")
-        for key in (("data", "crops"), ("data", "volumes"), ("folds", "datasplit"))
-        if (path := values[key[0]].get(key[1])) and not made_later and not Path(path).is_file()
+        for key in (("data", "crops"), ("data", "volumes"), ("data", "truth"), ("folds", "datasplit"))
+        if (path := values[key[0]].get(key[1])) and not made_later and not Path(path).exists()
     ]
     if faults:
         raise ConfigError("\n".join(_line(sources.of(fault.key), fault) for fault in faults))

@@ -226,10 +226,32 @@ def test_flight_check_names_every_problem(tmp_path, problems, verdict):
         "note": "the portal may differ",
     }
     (tmp_path / "report.json").write_text(json.dumps(report))
-    write_submission(tmp_path / "report.json", tmp_path / "report.html")
+    write_submission(tmp_path / "report.json", [], tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     assert verdict in text
     rows = [cells(row) for row in text.splitlines()]
     assert ["crop1/nuc", "predicted, and empty"] in rows
     assert ["crop2/nuc", "no model answers it"] in rows
     assert all(problem in text for problem in problems)
+
+
+def test_known_truth_adds_the_submissions_scores(tmp_path):
+    report = {name: [] for name in ("problems", "warnings", "zero_rows", "not_predicted")}
+    report |= {"rows": 2, "sha256": "ab" * 32, "size": 1000, "rules": "csc-2026.06", "note": "the portal may differ"}
+    instance = {"f1": 0.5, "normalized_hausdorff_distance": 0.98, "combined_score": 0.7}
+    scores = {
+        "label_scores": {"pm": {"iou": 0.25}, "nuc": instance},
+        "overall_instance_score": 0.7,
+        "overall_semantic_score": 0.25,
+        "overall_score": 0.418,
+        "rules": "csc-2026.06",
+        "num_evals_done": 2,
+        "total_evals": 2,
+    }
+    for name, value in (("report", report), ("scores", scores)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    write_submission(tmp_path / "report.json", [tmp_path / "scores.json"], tmp_path / "report.html")
+    rows = [cells(row) for row in (tmp_path / "report.html").read_text().splitlines()]
+    assert [row[0] for row in rows if row and row[-1] == "0.418"] == ["overall"]
+    assert [row[-1] for row in rows if row and row[0] == "pm"] == ["0.250"]
+    assert [row[2:] for row in rows if row and row[0] == "nuc"] == [["0.500", "0.980", "0.700"]]

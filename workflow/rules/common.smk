@@ -55,6 +55,15 @@ def model_of(wildcards):
     return model_named(wildcards.model)
 
 
+def given_truth(wildcards):
+    """Return the truth of the volumes to segment; its group file stands for it, for a folder's time says nothing."""
+    if not CONFIG.data.truth:
+        refuse(
+            "data.truth is not set; set it to the zarr group that holds the volumes' truth as crop{N}/{label}"
+        )
+    return f"{CONFIG.data.truth}/.zgroup"
+
+
 def volumes_table(wildcards):
     """Return the table of the volumes to segment."""
     if not CONFIG.data.volumes:
@@ -144,7 +153,7 @@ def everything(wildcards):
         targets += [*rules.compare.output]
         targets += expand(rules.predictions_page.output, fold=VALIDATED_FOLDS)
     if CONFIG.data.volumes:
-        targets += [*rules.submission.output]
+        targets += [*rules.submission.output, *rules.submission_page.output]
     else:
         logger.info("data.volumes is not set: `all` makes no submission")
     return targets

@@ -26,12 +26,6 @@ rule submission:
     output:
         archive="results/submission/submission.zip",
         checks="results/submission/report.json",
-        page=report(
-            "results/submission/report.html",
-            category="Submission",
-            labels={"shows": "flight check"},
-            caption="../report/submission.rst",
-        ),
     log:
         "logs/submission.log",
     conda:
@@ -45,6 +39,49 @@ rule submission:
         version=CONFIG.version("submission"),
     script:
         "../scripts/submission.py"
+
+
+rule score_submission:
+    input:
+        archive=rules.submission.output.archive,
+        truth=given_truth,
+    output:
+        scores="results/submission/scores.json",
+    log:
+        "logs/score_submission.log",
+    conda:
+        "../envs/cellmap_pipe.yaml"
+    threads: 8
+    resources:
+        mem_mb=lambda wc, attempt: 48000 * attempt,
+        runtime=480,
+    params:
+        settings=canonical_json({"rules": CONFIG.rules}),
+        version=CONFIG.version("evaluate"),
+    script:
+        "../scripts/score_submission.py"
+
+
+rule submission_page:
+    input:
+        checks=rules.submission.output.checks,
+        scores=[rules.score_submission.output.scores] if CONFIG.data.truth else [],
+    output:
+        page=report(
+            "results/submission/report.html",
+            category="Submission",
+            labels={"shows": "flight check"},
+            caption="../report/submission.rst",
+        ),
+    log:
+        "logs/report/submission.log",
+    localrule: True
+    conda:
+        "../envs/cellmap_pipe.yaml"
+    params:
+        version=CONFIG.version("report"),
+    script:
+        "../scripts/submission_page.py"
 
 
 for _model in KNOWN_MODELS:

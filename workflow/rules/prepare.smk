@@ -4,6 +4,7 @@ if CONFIG.data.phantom:
         output:
             index="results/phantom.json",
             volumes=f"{CONFIG.data.root}/test_crop_manifest.csv",
+            truth=f"{CONFIG.data.root}/truth/test.zarr/.zgroup",
         log:
             "logs/phantom.log",
         conda:

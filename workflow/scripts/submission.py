@@ -1,12 +1,10 @@
 """Pack and check the submission."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellmap_pipe.evaluation.submission import pack
 from cellmap_pipe.log import job
-from cellmap_pipe.report.tables import write_submission
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
@@ -20,4 +18,3 @@ with job(snakemake):
         workers=snakemake.threads,
         **json.loads(snakemake.params.settings),
     )
-    write_submission(Path(snakemake.output.checks), Path(snakemake.output.page))

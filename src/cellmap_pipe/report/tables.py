@@ -353,8 +353,43 @@ def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def write_submission(report_json: Path, out_html: Path) -> None:
-    """Write the flight check of the submission as HTML: what is in the file, its digest, and every problem found."""
+def _truth_scores(scores: Mapping[str, Any]) -> list[str]:
+    """Return the section on a submission's scores against known truth."""
+    columns = [
+        Column("class"),
+        Column("iou", ".3f", "intersection over union, of semantic classes"),
+        Column("f1", ".3f", "of instances: 2 TP / (2 TP + FP + FN)"),
+        Column("hausdorff", ".3f", "mean normalised Hausdorff distance of instances"),
+        Column("score", ".3f", "IoU, or the root of F1 times Hausdorff"),
+    ]
+    overall = [
+        [kind, None, None, None, scores[f"overall_{kind}_score" if kind != "overall" else "overall_score"]]
+        for kind in ("overall", "instance", "semantic")
+    ]
+    rows = [
+        [
+            Cell(name, colour_of(name)),
+            score.get("iou"),
+            score.get("f1"),
+            score.get("normalized_hausdorff_distance"),
+            score.get("combined_score", score.get("iou")),
+        ]
+        for name, score in scores["label_scores"].items()
+    ]
+    return [
+        heading("Scores against the known truth"),
+        paragraph(
+            f"Rules {scores['rules']}; {scores['num_evals_done']} of {scores['total_evals']} arrays were scored."
+        ),
+        table(columns, [*overall, *rows], strong=range(len(overall)), name="truth"),
+    ]
+
+
+def write_submission(report_json: Path, score_jsons: Sequence[Path], out_html: Path) -> None:
+    """Write the flight check of the submission as HTML: what is in the file, its digest, and every problem found.
+
+    score_jsons: at most one, the scores of the submission against known truth (evaluation.challenge.score_submission).
+    """
     report = read_json(report_json, "run `snakemake -R submission`")
     problems = report["problems"]
     verdict = f"{_counted(len(problems), 'problem')}: not ready to send" if problems else "ready to send"
@@ -368,6 +403,8 @@ def write_submission(report_json: Path, out_html: Path) -> None:
         ["rules", report["rules"]],
     ]
     parts = [table([Column("item"), Column("value")], facts, name="facts"), paragraph(report["note"])]
+    for path in score_jsons:
+        parts += _truth_scores(read_json(path, "run `snakemake -R score_submission`"))
     for title, key in (("Problems", "problems"), ("Warnings", "warnings")):
         if report[key]:
             rows = [[str(line)] for line in report[key]]

@@ -1,0 +1,17 @@
+"""Show the flight check of the submission, and its scores where the truth is known."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cellmap_pipe.log import job
+from cellmap_pipe.report.tables import write_submission
+
+if TYPE_CHECKING:
+    from snakemake.iocontainers import snakemake
+
+with job(snakemake):
+    write_submission(
+        Path(snakemake.input.checks),
+        [Path(path) for path in snakemake.input.scores],
+        Path(snakemake.output.page),
+    )
