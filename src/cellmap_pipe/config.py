@@ -9,6 +9,7 @@ This module is imported whenever Snakemake reads the workflow, so it imports not
 
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
@@ -30,7 +31,7 @@ RESULT_VERSIONS: dict[str, int] = {
     "datalist": 1,
     "chunk": 1,
     "train": 1,
-    "predict": 1,
+    "predict": 2,
     "ensemble": 1,
     "segment": 1,
     "evaluate": 1,
@@ -40,6 +41,8 @@ RESULT_VERSIONS: dict[str, int] = {
 
 SUBSETS = ("validation", "test")
 NATIVE = "native"
+ENSEMBLE = "ensemble"
+MODEL_NAME = re.compile(r"[a-z][a-z0-9_]*")
 Section = TypeVar("Section")
 
 
@@ -189,6 +192,9 @@ class Config:
     def scoring_settings(self) -> dict[str, Any]:
         return {"rules": self.rules, "classes": list(self.classes)}
 
+    def evaluation_settings(self) -> dict[str, Any]:
+        return {**self.scoring_settings(), "labels": self.labels}
+
     def prediction_settings(self, name: str, subset: str) -> dict[str, Any]:
         """Return what determines a prediction of model `name`, apart from its weights and the EM."""
         predict = dict(self.model(name).predict)
@@ -213,6 +219,12 @@ def load_config(
     Raises ConfigError, one line per fault, for whatever `all` would trip over. Faults of models that `all` does not
     use are raised by `Config.model`.
     """
+    for path in models.glob("*.yaml"):
+        if not MODEL_NAME.fullmatch(path.stem) or path.stem == ENSEMBLE:
+            raise ConfigError(
+                f"{_shown(path)}: a model is named by small letters, digits and _, begins with a letter and is not "
+                f"'{ENSEMBLE}'; rename the file"
+            )
     schema = Schema(schemas / "config.yaml")
     # nulls stay in the overrides until they have removed something
     overrides = values.get("overrides") or {}
@@ -318,7 +330,7 @@ def _check(values: Mapping[str, Any], sources: _Sources, known: Sequence[str], o
         try:
             get_class(name)
         except ConfigError as error:
-            faults.append(Fault(key, f"lists an unknown class: {str(error).removeprefix('classes: ')}"))
+            faults.append(Fault(key, f"lists an {str(error).removeprefix('classes: ')}"))
     faults += [
         Fault(key, f"names an unknown model '{name}'; {nearest(name, sorted(known))}")
         for key, names in ((("models",), values["models"]), (("overrides",), overrides))
@@ -335,9 +347,15 @@ def _check(values: Mapping[str, Any], sources: _Sources, known: Sequence[str], o
     made_later = values["data"].get("phantom") is not None
     faults += [
         Fault(key, f"'{path}' does not exist (looked in {Path.cwd()}); correct the path or set it to null")
-        for key in (("data", "crops"), ("data", "volumes"), ("data", "truth"), ("folds", "datasplit"))
-        if (path := values[key[0]].get(key[1])) and not made_later and not Path(path).exists()
+        for key in (("data", "crops"), ("data", "volumes"), ("folds", "datasplit"))
+        if (path := values[key[0]].get(key[1])) and not made_later and not Path(path).is_file()
     ]
+    if truth := values["data"].get("truth"):
+        if not values["data"].get("volumes"):
+            faults.append(Fault(("data", "truth"), "is set without data.volumes, the volumes whose truth it is"))
+        if not made_later and not Path(truth, ".zgroup").is_file():
+            message = f"'{truth}' is no zarr v2 group (no .zgroup); give the one that holds crop{{N}}/{{label}}"
+            faults.append(Fault(("data", "truth"), message))
     if faults:
         raise ConfigError("\n".join(_line(sources.of(fault.key), fault) for fault in faults))
 
@@ -407,6 +425,12 @@ def _check_model(name: str, entries: Mapping[str, Any], values: Mapping[str, Any
         raise ConfigError(
             f"{source('train', 'deep_supervision')}: train.deep_supervision of model {name} is all zero; "
             "at least one output must have a weight"
+        )
+    begin = entries["train"]["init_from"]
+    if begin and not Path(begin).is_file():
+        raise ConfigError(
+            f"{source('train', 'init_from')}: train.init_from of model {name}: '{begin}' does not exist (looked in "
+            f"{Path.cwd()}); give a model.pt, or null"
         )
     try:
         check_network(entries["network"], entries["arguments"], entries["spatial_dims"], entries["train"]["patch"])

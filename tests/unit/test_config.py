@@ -84,7 +84,7 @@ def test_loading_costs_little():
         ("overrides: {swin_unetr: {}}", "names an unknown model 'swin_unetr'; did you mean 'swinunetr'?"),
         (
             "classes: [ecs, mitto]",
-            "extra.yaml: classes lists an unknown class: unknown class 'mitto'; did you mean 'mito'",
+            "extra.yaml: classes lists an unknown class 'mitto'; did you mean 'mito'",
         ),
         ("models: [segresnet_dss]", "extra.yaml: models names an unknown model 'segresnet_dss'; did you mean"),
         ("folds: {n: 0}", "extra.yaml: folds.n is 0; allowed: a whole number >= 1 <= 100"),

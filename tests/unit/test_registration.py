@@ -78,3 +78,19 @@ def test_large_crops_are_binned_and_their_shift_is_told_in_their_own_voxels():
     found = register(image, moved(rows, (12, 0, -20)), table, CLASSES, None)
     assert found.verdict == "displaced"
     assert np.abs(np.add(found.shift, (12, 0, -20))).max() <= 2
+
+
+@pytest.mark.parametrize(("radius", "contrast"), [(8, 60), (10, 40), (14, 30)])
+def test_an_object_that_looks_like_the_labelled_one_does_not_displace_it(radius, contrast):
+    random = np.random.default_rng(0)
+    grid = np.indices((64, 64, 64))
+
+    def ball(centre, size):
+        return ((grid - np.reshape(centre, (3, 1, 1, 1))) ** 2).sum(axis=0) <= size**2
+
+    image = 150 + 10 * random.standard_normal((64, 64, 64))
+    image[ball((20, 20, 20), 8)] -= 30
+    image[ball((42, 42, 42), radius)] -= contrast
+    rows = ball((20, 20, 20), 8).astype(np.uint8)
+    table = scene(0, (8, 8, 8))[2]
+    assert register(np.clip(image, 0, 255).astype(np.uint8), rows, table, CLASSES, None).verdict != "displaced"

@@ -69,6 +69,26 @@ def test_crops_that_cannot_be_used_are_rejected_with_their_cause(demo):
     assert len({row["dataset"] for row in used}) == 3
 
 
+def test_damaged_crops_are_recorded_and_the_others_go_on(demo, tmp_path):
+    shutil.copytree(demo / "challenge", tmp_path / "challenge")
+    crops = tmp_path / "challenge/phantom-1/phantom-1.zarr/recon-1/labels/groundtruth"
+    chunk = next(path for path in (crops / "crop101/pm/s0").rglob("*") if path.is_file() and path.name.isdigit())
+    chunk.write_bytes(chunk.read_bytes()[:20])
+    (crops / "crop102/ecs/.zattrs").unlink()
+    array = crops / "crop103/ecs/s0/.zarray"
+    array.write_text(array.read_text().replace("|u1", "<f4"))
+    (tmp_path / "extra.yaml").write_text("data: {phantom: null, truth: null}")
+    snakemake(tmp_path, "results/quality/16nm/crops.csv", extra=tmp_path / "extra.yaml")
+    with (tmp_path / "results/quality/16nm/crops.csv").open() as stream:
+        rows = {row["crop"]: row for row in csv.DictReader(stream)}
+    causes = {crop: rows[f"phantom-1/{crop}"]["cause"] for crop in ("crop101", "crop102", "crop103")}
+    assert "damaged chunk" in causes["crop101"] and "pm/s0" in causes["crop101"]
+    assert "ecs" in causes["crop102"] and ".zattrs" in causes["crop102"]
+    assert "crop103" in causes["crop103"] or "float32" in causes["crop103"]
+    assert {row["verdict"] for crop, row in rows.items() if crop.endswith(("201", "202", "301", "302"))} == {"keep"}
+    assert not list(tmp_path.rglob(".partial-*"))
+
+
 def test_no_crop_is_on_both_sides(demo):
     datalist = json.loads((demo / "results/datalist/16nm/fold0.json").read_text())
     training, validation = ({entry["crop"] for entry in datalist[side]} for side in ("training", "validation"))

@@ -13,7 +13,7 @@ rule evaluate:
         mem_mb=lambda wc, attempt: 48000 * attempt,
         runtime=480,
     params:
-        settings=canonical_json(CONFIG.scoring_settings()),
+        settings=canonical_json(CONFIG.evaluation_settings()),
         version=CONFIG.version("evaluate"),
     script:
         "../scripts/evaluate.py"

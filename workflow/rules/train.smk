@@ -2,6 +2,7 @@ rule train:
     input:
         datalist=lambda wc: f"results/datalist/{model_of(wc).grid}/fold{wc.fold}.json",
         index=lambda wc: f"results/chunks/{model_of(wc).grid}/index.json",
+        begin=lambda wc: given(model_of(wc).train["init_from"]),
     output:
         weights="results/train/{model}/fold{fold}/model.pt",
         metrics="results/train/{model}/fold{fold}/metrics.json",

@@ -1,0 +1,49 @@
+"""`verify` notices what is damaged or missing, and says which rule makes it again."""
+
+import json
+
+import pytest
+
+from cellmap_pipe.errors import ContractError
+from cellmap_pipe.files import describe_file, write_json
+from cellmap_pipe.verify import verify_results
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A converted crop and a prediction, as the stages leave them."""
+    image = tmp_path / "nifti/8nm/images/ds_crop1_0000.nii.gz"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(b"not looked into")
+    contract = describe_file(image, tmp_path / "nifti/8nm")
+    write_json(tmp_path / "convert/8nm/shard0.json", {"records": [{"crop": "ds/crop1", "files": {"image": contract}}]})
+    folder = tmp_path / "predict/net/fold0/validation"
+    (folder / "volumes/ds_crop1.zarr/s0").mkdir(parents=True)
+    (folder / "volumes/ds_crop1.zarr/.zattrs").write_text("{}")
+    (folder / "volumes/ds_crop1.zarr/s0/.zarray").write_text("{}")
+    record = {"name": "ds/crop1", "status": "ok", "path": "volumes/ds_crop1.zarr", "classes": ["pm"]}
+    write_json(folder / "shard0.json", {"records": [record]})
+    return tmp_path
+
+
+def test_intact_results_agree(results):
+    assert verify_results(results) == 2
+
+
+def test_a_flipped_byte_is_named_with_its_remedy(results):
+    image = results / "nifti/8nm/images/ds_crop1_0000.nii.gz"
+    image.write_bytes(b"NOT looked into")
+    with pytest.raises(ContractError, match=r"ds_crop1_0000.nii.gz: damaged .*-R convert"):
+        verify_results(results)
+
+
+def test_a_missing_prediction_is_named_with_its_remedy(results):
+    volume = results / "predict/net/fold0/validation/volumes/ds_crop1.zarr"
+    volume.rename(volume.with_name("gone.zarr"))
+    with pytest.raises(ContractError, match=r"ds_crop1.zarr.*-R predict"):
+        verify_results(results)
+
+
+def test_results_that_are_not_there_yet_are_not_missed(tmp_path):
+    (tmp_path / "crops.json").write_text(json.dumps({}))
+    assert verify_results(tmp_path) == 0
