@@ -29,7 +29,7 @@ RESULT_VERSIONS: dict[str, int] = {
     "quality": 1,
     "folds": 1,
     "datalist": 1,
-    "chunk": 1,
+    "chunk": 2,
     "train": 1,
     "predict": 2,
     "ensemble": 1,

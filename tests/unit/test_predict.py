@@ -217,6 +217,24 @@ def test_a_damaged_record_or_another_fingerprint_is_redone(root: Path, monkeypat
     assert neutral.windows == 0
 
 
+def test_blocks_of_another_arithmetic_are_redone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (first,) = run(root, Net(), [volume()], monkeypatch)["records"]
+    monkeypatch.setattr(predict, "arithmetic", lambda trained, device: "bf16")
+    monkeypatch.setattr(predict, "mixed_precision", lambda trained, device: trained.network)
+    network = Net()
+    (other,) = run(root, network, [volume()], monkeypatch)["records"]
+    assert network.windows > 0 and other["fingerprint"] != first["fingerprint"]
+
+
+def test_arithmetic_is_bf16_only_on_a_gpu_for_a_network_trained_so() -> None:
+    def arithmetic(amp: str, device: str) -> str:
+        trained: Any = SimpleNamespace(contents={"settings": {"amp": amp}})
+        return predict.arithmetic(trained, torch.device(device))
+
+    assert arithmetic("bf16", "cuda") == "bf16"
+    assert {arithmetic("none", "cuda"), arithmetic("bf16", "cpu"), arithmetic("none", "cpu")} == {"float32"}
+
+
 def test_changed_em_is_predicted_anew(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(root, Net(), [volume()], monkeypatch)
     zarr.open_array(str(root / "data/jrc_a/jrc_a.zarr/em/s0"), mode="r+")[20, 20, 20] = 0

@@ -1,7 +1,9 @@
 """The sliding window: exact blending, bounded memory, edges, columns, and what it refuses."""
 
+import time
 import tracemalloc
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,11 @@ import cellmap_pipe.prediction
 from cellmap_pipe.errors import ConfigError, DataError
 from cellmap_pipe.prediction.sliding_window import (
     ArraySource,
+    Box,
     PredictionError,
+    _planes_needed,
     axis_windows,
+    chunk_shape,
     columns,
     estimate_bytes,
     make_plan,
@@ -161,6 +166,87 @@ def test_memory_limit_cuts_columns_without_changing_the_result(tmp_path: Path) -
     np.testing.assert_array_equal(out[:], whole)
 
 
+def test_an_array_without_chunks_is_cut_quickly_and_without_changing_the_result() -> None:
+    image = image_of((4, 512, 512))
+    whole, cut = np.zeros((2, 4, 512, 512), np.uint8), np.zeros((2, 4, 512, 512), np.uint8)
+    predict_array(voxelwise, image, patch=(4, 64, 64), out=whole)
+    plan = make_plan(image.shape, (4, 64, 64), 0.5)
+    limit = 0.5 * estimate_bytes(plan, ((0, 0, 0), image.shape), 2, 64, 1) / 1e9
+    assert len(columns(plan, 2, 64, 1, (chunk_shape(cut)[1], chunk_shape(cut)[2]), limit)) > 1
+    begin = time.perf_counter()
+    columns(make_plan((4096, 4096, 4096), (128, 128, 128), 0.5), 14, 64, 1, (64, 64), 2)
+    assert time.perf_counter() - begin < 2
+    predict_array(voxelwise, image, patch=(4, 64, 64), out=cut, memory_gb=limit)
+    assert np.abs(cut.astype(int) - whole).max() <= 1
+
+
+@pytest.mark.parametrize("share", [0.15, 0.3, 0.6, 0.9])
+def test_columns_are_the_cut_with_the_fewest_windows_that_fits(share: float) -> None:
+    plan = make_plan((40, 150, 210), (16, 16, 24), 0.5)
+
+    def need(box: Box) -> int:
+        return estimate_bytes(plan, box, 3, 16, 1)
+
+    def windows(boxes: list[Box]) -> int:
+        return sum(len(plan[1].touching(a[1], b[1])) * len(plan[2].touching(a[2], b[2])) for a, b in boxes)
+
+    limit = share * need(((0, 0, 0), (40, 150, 210)))
+    fitting = []
+    for ny in range(1, 11):
+        for nx in range(1, 15):
+            cuts = [
+                list(pairwise([min(n, 16 * (-(-n // 16) * i // parts)) for i in range(parts + 1)]))
+                for n, parts in ((150, ny), (210, nx))
+            ]
+            boxes: list[Box] = [((0, a, c), (40, b, d)) for a, b in cuts[0] for c, d in cuts[1]]
+            if max(map(need, boxes)) <= limit:
+                fitting.append(windows(boxes))
+    chosen = columns(plan, 3, 16, 1, (16, 16), limit / 1e9)
+    assert max(map(need, chosen)) <= limit
+    assert windows(chosen) == min(fitting)
+
+
+def test_what_the_source_holds_counts_as_memory() -> None:
+    plan = make_plan((64, 64, 64), (16, 16, 16), 0.5)
+    box: Box = ((0, 0, 0), (64, 64, 64))
+    held = estimate_bytes(plan, box, 1, 64, 1, held=64) - estimate_bytes(plan, box, 1, 64, 1)
+    assert held == 2 * 64 * 64 * 64
+
+
+def test_a_resumed_run_gives_the_same_bits() -> None:
+    """Three rows over a voxel in the rest of the axis, four in all of it: the carry must be of one type."""
+    image, network = image_of((213, 8, 8)), Position((128, 8, 8), 1)
+    plan = make_plan(image.shape, (128, 8, 8), 0.5)
+    table = (np.arange(256) / 255).astype(np.float32)
+
+    def run(lower: int) -> np.ndarray:
+        pieces = stream(
+            network,
+            ArraySource(image),
+            plan,
+            ((lower, 0, 0), (213, 8, 8)),
+            channels=[0],
+            normalise=table,
+            device=torch.device("cpu"),
+        )
+        return np.concatenate([piece.copy() for _, _, piece in pieces], axis=1)
+
+    np.testing.assert_array_equal(run(128), run(0)[:, 128:])
+    rows = plan[0].touching(128, 213)
+    assert _planes_needed(plan[0], rows, 85, 64).carry_type == _planes_needed(plan[0], [0, 1, 2], 213, 64).carry_type
+
+
+def test_bfloat16_logits_are_not_rounded_once_more() -> None:
+    image, out = image_of((8, 8, 8)), np.zeros((1, 8, 8, 8), np.uint8)
+
+    def network(x: torch.Tensor) -> torch.Tensor:
+        return (8 * x - 4).bfloat16()
+
+    predict_array(network, image, patch=(8, 8, 8), out=out)
+    expected = torch.sigmoid(network(torch.from_numpy(image / np.float32(255))).float()).numpy() * 255
+    assert np.abs(out[0] - expected).max() <= 0.51
+
+
 def test_too_little_memory_says_how_much_would_do() -> None:
     with pytest.raises(ConfigError, match=r"predict.memory_gb 1e-05 is too little .* at least [\d.]+ GB"):
         columns(make_plan((64, 64, 64), (16, 16, 16), 0.5), 3, 64, 1, (64, 64), 1e-5)
@@ -280,6 +366,19 @@ def test_faults_are_named() -> None:
     image, out = image_of((8, 8, 8)), np.zeros((2, 8, 8, 8), np.uint8)
     with pytest.raises(DataError, match="the image is float32, expected uint8"):
         predict_array(voxelwise, image.astype(np.float32), patch=(8, 8, 8), out=out)
+    with pytest.raises(DataError, match=r"the image has shape \(8, 8\), expected \(z, y, x\)"):
+        predict_array(voxelwise, image[0], patch=(8, 8, 8), out=out)
+    for patch in [(8, 8), (8, 0, 8), (8, 8, -1)]:
+        with pytest.raises(ConfigError, match=r"must be three sizes \(z, y, x\), each at least 1"):
+            predict_array(voxelwise, image, patch=patch, out=out)
+    with pytest.raises(ConfigError, match=r"predict.batch 0 must be at least 1"):
+        predict_array(voxelwise, image, patch=(8, 8, 8), out=out, batch=0)
+    with pytest.raises(ConfigError, match=r"classes \[0, -1\] must be numbers of the network's channels"):
+        predict_array(voxelwise, image, patch=(8, 8, 8), out=out, classes=[0, -1])
+    with pytest.raises(ConfigError, match=r"classes \[\] must be numbers"):
+        predict_array(voxelwise, image, patch=(8, 8, 8), out=out[:0])
+    with pytest.raises(PredictionError, match="gave 2 channels, expected at least 3"):
+        predict_array(voxelwise, image, patch=(8, 8, 8), out=out, classes=[0, 2])
     with pytest.raises(ConfigError, match=r"expected uint8 \(classes, 8, 8, 8\)"):
         predict_array(voxelwise, image, patch=(8, 8, 8), out=out[:, :4])
     with pytest.raises(PredictionError, match="gave 2 channels, expected 3"):

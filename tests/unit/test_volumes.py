@@ -1,6 +1,7 @@
 """Which volumes are predicted, on which grid, and what EM they read."""
 
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -105,6 +106,11 @@ def test_faults_of_the_table_are_named(tmp_path: Path) -> None:
     path = table(tmp_path / "bad.csv", "1,jrc_x,pm,[4;4;4],[0;0;0],[8;8;8]", "1,jrc_x,nuc,[4;4],[0;0;0],[8;8;8]")
     with pytest.raises(ConfigError, match=r"bad.csv: voxel_size in line 3 is '\[4;4\]'"):
         volumes.test_volumes(path, tmp_path, EM, (8, 8, 8))
+    path = table(
+        tmp_path / "typo.csv", "1,jrc_x,pm,[4;4;4],[0;0;0],[8;8;8]", "1,jrc_x,mito_men,[4;4;4],[0;0;0],[8;8;8]"
+    )
+    with pytest.raises(ConfigError, match=r"typo.csv: class_label in line 3: .*'mito_men'; did you mean 'mito_mem'"):
+        volumes.test_volumes(path, tmp_path, EM, (8, 8, 8))
     with pytest.raises(ConfigError, match="lists no volume"):
         volumes.test_volumes(table(tmp_path / "none.csv"), tmp_path, EM, (8, 8, 8))
 
@@ -179,6 +185,44 @@ def test_survey_tells_changed_em_and_counts_valid_voxels(tmp_path: Path, ngff: W
     (tmp_path / "em/s0/0/0/0").unlink()
     histogram = EMVolume(tmp_path / "em", box, max_upsample=2, reach=(4, 4, 4)).survey().histogram
     assert histogram.sum() == 16**3 - 8**3
+
+
+@pytest.mark.parametrize("grid_nm", [8, 12])
+def test_tiles_give_what_a_whole_cross_section_does(
+    tmp_path: Path, ngff: Writer, monkeypatch: pytest.MonkeyPatch, grid_nm: float
+) -> None:
+    image = noise((40, 48, 48))
+    em = Lattice((8, 8, 8), (0, 0, 0), image.shape)
+    ngff(tmp_path / "em", image, em.voxel_nm, em.translation_nm, chunks=(16,) * 3)
+    (tmp_path / "em/s0/0/1/2").unlink()
+    lattice = grid_lattice(em.window((8, 0, 8), (30, 48, 36)), (grid_nm,) * 3)
+
+    def volume() -> EMVolume:
+        return EMVolume(tmp_path / "em", lattice, max_upsample=2, reach=(4, 4, 4))
+
+    expected, counts = volume().read((0, 0, 0), lattice.shape), volume().survey().histogram
+    assert expected[1] is not None and 0 < expected[1].mean() < 1
+    monkeypatch.setattr(volumes, "READ_PLANES", 16)
+    monkeypatch.setattr(volumes, "READ_TILE", 7)
+    for found, wanted in zip(volume().read((0, 0, 0), lattice.shape), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(volume().survey().histogram, counts)
+    np.testing.assert_array_equal(counts, np.bincount(expected[0][expected[1]], minlength=256))
+
+
+def test_survey_holds_a_tile_and_no_cross_section(
+    tmp_path: Path, ngff: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    em = Lattice((8, 8, 8), (0, 0, 0), (16, 256, 256))
+    ngff(tmp_path / "em", noise(em.shape), em.voxel_nm, em.translation_nm, chunks=(16, 32, 32))
+    monkeypatch.setattr(volumes, "READ_TILE", 32)
+    volume = EMVolume(tmp_path / "em", em, max_upsample=2, reach=(4, 4, 4))
+    volume.survey()
+    tracemalloc.start()
+    volume.survey()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < em.voxels
 
 
 def test_em_that_cannot_be_segmented_is_named(tmp_path: Path, ngff: Writer) -> None:

@@ -21,7 +21,15 @@ from cellmap_pipe.geometry import Lattice, shape3
 from cellmap_pipe.intensity import lookup_table, percentile_range
 from cellmap_pipe.prediction.sliding_window import Network, PredictionError, columns, make_plan, stream
 from cellmap_pipe.prediction.store import BlockStore, blocks_of, file_stem, remove_unlisted, runs_of
-from cellmap_pipe.prediction.volumes import EMVolume, Volume, VoxelSize, check_survey, grid_lattice, service
+from cellmap_pipe.prediction.volumes import (
+    READ_PLANES,
+    EMVolume,
+    Volume,
+    VoxelSize,
+    check_survey,
+    grid_lattice,
+    service,
+)
 from cellmap_pipe.prepare.convert import shard_of
 from cellmap_pipe.training.inference import Trained, load_model
 
@@ -155,9 +163,14 @@ def _voxel(trained: Trained) -> VoxelSize:
     return trained.voxel_nm if isinstance(trained.voxel_nm, str) else tuple(trained.voxel_nm)
 
 
+def arithmetic(trained: Trained, device: torch.device) -> str:
+    """Return "bf16" where the network is run in bfloat16, on a GPU if it was trained so there, else "float32"."""
+    return "bf16" if device.type == "cuda" and trained.contents["settings"]["amp"] == "bf16" else "float32"
+
+
 def mixed_precision(trained: Trained, device: torch.device) -> Network:
-    """Return the network as it is run on `device`: in bfloat16 on a GPU if it was trained so there."""
-    if device.type != "cuda" or trained.contents["settings"]["amp"] != "bf16":
+    """Return the network as it is run on `device`, see `arithmetic`."""
+    if arithmetic(trained, device) == "float32":
         return trained.network
 
     def network(images: torch.Tensor) -> torch.Tensor:
@@ -216,6 +229,7 @@ class _Job:
                 "classes": list(classes),
                 "normalisation": normalisation,
                 "patch": list(patch),
+                "arithmetic": arithmetic(self.trained, self.device),
                 "settings": self._determining,
             }
         )
@@ -228,7 +242,9 @@ class _Job:
         plan = make_plan(lattice.shape, patch, self.used.overlap, self.used.blending, em.context)
         channels = [list(self.trained.classes).index(name) for name in classes]
         depth, *align = shape3(store.array.chunks[1:])
-        boxes = columns(plan, len(classes), depth, self.used.batch, (align[0], align[1]), self.used.memory_gb)
+        boxes = columns(
+            plan, len(classes), depth, self.used.batch, (align[0], align[1]), self.used.memory_gb, held=READ_PLANES
+        )
         for column in boxes:
             for run in runs_of(block for block in blocks_of(column, depth) if not store.finished(block)):
                 (_, y0, x0), (_, y1, x1) = run

@@ -23,8 +23,9 @@ from cellmap_pipe.geometry import Shape3, shape3
 Box = tuple[Shape3, Shape3]  # lower and upper corner, in voxels of the predicted volume
 Network = Callable[[torch.Tensor], torch.Tensor]
 
-# Planes that are written together where the output does not say how its chunks lie.
+# Planes that are written together, and the grain of columns, where the output does not say how its chunks lie.
 DEFAULT_DEPTH = 64
+DEFAULT_COLUMN = 64
 
 # Share of a GPU's memory that the sums may take; beyond it they are kept on the host.
 _DEVICE_SHARE = 0.4
@@ -296,10 +297,10 @@ def _planes_needed(z: AxisWindows, rows: Sequence[int], planes: int, depth: int)
     """Return how many planes carry and output buffer hold for a box of `planes` planes under the given rows along z.
 
     float16 in the carry errs by at most 1/16 of a uint8 step each time; more than three rows over a voxel take float32.
+    The whole axis decides it, not the rows: a run that is resumed must give the same bits.
     """
-    steps = [b - a for a, b in pairwise(z.starts[i] for i in rows)]
-    shortest = min(steps, default=z.patch)
-    half = math.ceil(z.patch / shortest) <= 3
+    shortest = min((z.starts[b] - z.starts[a] for a, b in pairwise(rows)), default=z.patch)
+    half = math.ceil(z.patch / min((b - a for a, b in pairwise(z.starts)), default=z.patch)) <= 3
     return _Planes(
         carry=max(0, z.patch - shortest),
         carry_type=torch.float16 if half else torch.float32,
@@ -375,7 +376,7 @@ def stream(
                     line, line_end = next(pending)
                 total = torch.zeros((), device=device)
                 for kept, channel in enumerate(channels):
-                    torch.sigmoid(logits[number, channel], out=probability)
+                    torch.sigmoid(logits[number, channel].float(), out=probability)  # bfloat16 would round it
                     total += probability.sum()
                     sums.add(kept, probability, j, k)
                 if not math.isfinite(float(total)):
@@ -390,23 +391,50 @@ def stream(
         yield from sums.end_row(start, stop)
 
 
-def estimate_bytes(plan: Plan, box: Box, channels: int, depth: int, batch: int) -> int:
-    """Return the host memory in bytes that `stream` takes for a box, without what the network needs for itself."""
+@dataclass(frozen=True)
+class _Pieces:
+    """What the pieces of a cut axis need: each distinct pair of own voxels and voxels under its windows, (pieces,).
+
+    windows: how many windows touch the pieces, all together.
+    """
+
+    own: np.ndarray
+    seen: np.ndarray
+    windows: int
+
+    @classmethod
+    def of(cls, axis: AxisWindows, cuts: Sequence[tuple[int, int]]) -> "_Pieces":
+        lower, upper = np.array(cuts, np.int64).T
+        starts = np.array(axis.starts, np.int64)
+        first = np.searchsorted(starts, lower - axis.patch, side="right")
+        last = np.searchsorted(starts, upper, side="left") - 1
+        seen = starts[last] + axis.patch - starts[first]
+        own, under = np.unique(np.stack([upper - lower, seen]), axis=1)
+        return cls(own, under, int((last - first + 1).sum()))
+
+
+def _largest_bytes(
+    plan: Plan, planes: tuple[int, int], y: _Pieces, x: _Pieces, channels: int, depth: int, batch: int, held: int
+) -> int:
+    """Return what `estimate_bytes` gives for the most demanding of the boxes over `planes` and all pieces."""
+    z = plan[0]
+    need = _planes_needed(z, z.touching(*planes), planes[1] - planes[0], depth)
+    window_line = 4 * z.patch * plan[1].patch
+    area, seen = y.own[:, None] * x.own, y.seen[:, None] * x.seen
+    sums = channels * ((need.carry * need.carry_type.itemsize + need.done) * area + window_line * x.own)
+    image = 2 * (2 * z.patch + held) * seen  # image and validity, once more while new planes are read
+    windows = window_line * plan[2].patch * (batch * (2 * channels + 2) + 1)
+    return int((sums + image + windows + window_line * x.own).max())
+
+
+def estimate_bytes(plan: Plan, box: Box, channels: int, depth: int, batch: int, held: int = 0) -> int:
+    """Return the host memory in bytes that `stream` takes for a box, without what the network needs for itself.
+
+    held: planes under the windows that the source keeps for itself between two reads.
+    """
     (z0, y0, x0), (z1, y1, x1) = box
-    z, y, x = plan
-    rows = z.touching(z0, z1)
-    need = _planes_needed(z, rows, z1 - z0, depth)
-    area = (y1 - y0) * (x1 - x0)
-    seen = 1
-    for axis, lower, upper in ((y, y0, y1), (x, x0, x1)):
-        chosen = axis.touching(lower, upper)
-        seen *= axis.starts[chosen[-1]] + axis.patch - axis.starts[chosen[0]]
-    sums = channels * (
-        need.carry * area * need.carry_type.itemsize + need.done * area + 4 * z.patch * y.patch * (x1 - x0)
-    )
-    image = 2 * 2 * z.patch * seen  # image and validity, once more while new planes are read
-    windows = 4 * z.patch * y.patch * x.patch * (batch * (2 * channels + 2) + 1)
-    return sums + image + windows + 4 * z.patch * y.patch * (x1 - x0)
+    y, x = _Pieces.of(plan[1], [(y0, y1)]), _Pieces.of(plan[2], [(x0, x1)])
+    return _largest_bytes(plan, (z0, z1), y, x, channels, depth, batch, held)
 
 
 def _sums_device(plan: Plan, box: Box, channels: int, depth: int, device: torch.device) -> torch.device:
@@ -425,34 +453,53 @@ def _cuts(size: int, parts: int, align: int) -> list[tuple[int, int]]:
 
 
 def columns(
-    plan: Plan, channels: int, depth: int, batch: int, align: tuple[int, int], memory_gb: float | None
+    plan: Plan,
+    channels: int,
+    depth: int,
+    batch: int,
+    align: tuple[int, int],
+    memory_gb: float | None,
+    held: int = 0,
 ) -> list[Box]:
     """Return the columns (boxes over the whole depth) in which a volume is predicted, one if it fits into memory.
 
     align: columns begin at multiples of these numbers of lines (y) and columns (x), the output's chunks.
     memory_gb: host memory in 10^9 bytes, without the network's own. Of the cuts that fit, that with the fewest windows.
+    held: see `estimate_bytes`.
     Raises ConfigError, with the least memory that would do, if none fits.
     """
     z, y, x = plan
     whole: Box = ((0, 0, 0), (z.size, y.size, x.size))
-    if memory_gb is None or estimate_bytes(plan, whole, channels, depth, batch) <= memory_gb * 1e9:
+    if memory_gb is None or estimate_bytes(plan, whole, channels, depth, batch, held) <= memory_gb * 1e9:
         return [whole]
-    choices = []
-    for parts in product(*(range(1, math.ceil(axis.size / a) + 1) for axis, a in zip((y, x), align, strict=True))):
-        cuts = [_cuts(axis.size, n, a) for axis, n, a in zip((y, x), parts, align, strict=True)]
-        boxes: list[Box] = [((0, y0, x0), (z.size, y1, x1)) for (y0, y1), (x0, x1) in product(*cuts)]
-        need = max(estimate_bytes(plan, box, channels, depth, batch) for box in boxes)
-        windows = math.prod(
-            sum(len(axis.touching(*piece)) for piece in pieces) for axis, pieces in zip((y, x), cuts, strict=True)
-        )
-        choices.append((need > memory_gb * 1e9, windows if need <= memory_gb * 1e9 else need, need, boxes))
-    too_large, _, need, boxes = min(choices, key=lambda choice: choice[:3])
-    if too_large:
+    in_y, in_x = (
+        [_Pieces.of(axis, _cuts(axis.size, n, a)) for n in range(1, math.ceil(axis.size / a) + 1)]
+        for axis, a in zip((y, x), align, strict=True)
+    )
+
+    def largest(of_y: _Pieces, of_x: _Pieces) -> int:
+        return _largest_bytes(plan, (0, z.size), of_y, of_x, channels, depth, batch, held)
+
+    least = largest(in_y[-1], in_x[-1])
+    if least > memory_gb * 1e9:
         raise ConfigError(
             f"predict.memory_gb {memory_gb:g} is too little for patch {(z.patch, y.patch, x.patch)} and {channels} "
-            f"classes: it takes at least {math.ceil(need / 1e7) / 100:g} GB; raise it, or use a smaller patch"
+            f"classes: it takes at least {math.ceil(least / 1e7) / 100:g} GB; raise it, or use a smaller patch"
         )
-    return boxes
+    best = (math.inf, 0, 0, 0)  # windows, bytes, parts along y and x
+    for ny, of_y in enumerate(in_y, 1):
+        if largest(of_y, in_x[-1]) > memory_gb * 1e9:
+            continue
+        for nx, of_x in enumerate(in_x, 1):
+            windows = of_y.windows * of_x.windows
+            if windows > best[0]:  # more parts only add windows
+                break
+            need = largest(of_y, of_x)
+            if need <= memory_gb * 1e9:
+                best = min(best, (windows, need, ny, nx))
+                break
+    cuts = [_cuts(axis.size, n, a) for axis, n, a in zip((y, x), best[2:], align, strict=True)]
+    return [((0, y0, x0), (z.size, y1, x1)) for (y0, y1), (x0, x1) in product(*cuts)]
 
 
 @contextmanager
@@ -472,7 +519,7 @@ def evaluating(network: Network) -> Iterator[torch.device | None]:
 def chunk_shape(out: Any) -> Shape3:
     """Return the (z, y, x) shape that `out` (C, z, y, x) is best written in: its shards, its chunks, or a default."""
     chunks = getattr(out, "shards", None) or getattr(out, "chunks", None)
-    return shape3(chunks[1:]) if chunks else (DEFAULT_DEPTH, 1, 1)
+    return shape3(chunks[1:]) if chunks else (DEFAULT_DEPTH, DEFAULT_COLUMN, DEFAULT_COLUMN)
 
 
 def predict_array(
@@ -501,8 +548,17 @@ def predict_array(
     normalise: float32 (256,) intensity by uint8 value (`intensity.lookup_table`); None divides by 255.
     blending: weights of the windows, "gaussian" or "constant". batch: windows in one call of the network.
     valid: bool (z, y, x) or None; elsewhere the probability is 0 and no window is run for its sake.
-    Raises ConfigError (geometry, memory), DataError (image not uint8) and PredictionError naming the window (NaN).
+    Raises ConfigError (arguments, geometry, memory), DataError (image not 3-D or not uint8) and PredictionError naming
+    the window (NaN).
     """
+    if len(image.shape) != 3:
+        raise DataError(f"the image has shape {tuple(image.shape)}, expected (z, y, x); pass one 3-D array")
+    if np.dtype(image.dtype) != np.uint8:
+        raise DataError(f"the image is {image.dtype}, expected uint8; convert it or choose another array")
+    if len(patch) != 3 or min(patch) < 1:
+        raise ConfigError(f"patch {tuple(patch)} must be three sizes (z, y, x), each at least 1")
+    if batch < 1:
+        raise ConfigError(f"predict.batch {batch} must be at least 1")
     shape = shape3(image.shape)
     if len(out.shape) != 4 or tuple(out.shape[1:]) != shape or np.dtype(out.dtype) != np.uint8:
         expected = f"uint8 (classes, {', '.join(map(str, shape))})"
@@ -510,6 +566,8 @@ def predict_array(
     channels = list(range(out.shape[0])) if classes is None else list(classes)
     if len(channels) != out.shape[0]:
         raise ConfigError(f"out has {out.shape[0]} channels for {len(channels)} classes")
+    if not channels or min(channels) < 0:
+        raise ConfigError(f"classes {channels} must be numbers of the network's channels, at least one, from 0 upwards")
     table = (np.arange(256) / 255).astype(np.float32) if normalise is None else np.asarray(normalise, np.float32)
     plan = make_plan(shape, patch, overlap, blending)
     depth, *align = chunk_shape(out)

@@ -7,14 +7,16 @@ A volume is a dict, as it stands in the JSON records: name ("jrc_x/crop12"), dat
 import hashlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from cellmap_pipe.classes import get_class
 from cellmap_pipe.errors import ConfigError, ContractError, DataError, GeometryError
 from cellmap_pipe.files import canonical_json, read_json
 from cellmap_pipe.geometry import Lattice, Shape3, nearest_grid, shape3, vec3
@@ -32,6 +34,9 @@ COLUMNS = ("crop_name", "dataset", "class_label", "voxel_size", "translation", "
 
 # Planes of the volume that are read and resampled at a time, always the same ones: any cut sees the same voxels.
 READ_PLANES = 64
+
+# Their lines and columns that are resampled at a time: a huge cross-section takes no more memory than its result.
+READ_TILE = 512
 
 
 def grid_lattice(target: Lattice, voxel_nm: VoxelSize) -> Lattice:
@@ -99,6 +104,12 @@ def test_volumes(volumes_csv: str | Path, data_root: str | Path, em_path: str, v
     lacking = [column for column in COLUMNS if column not in table.columns]
     if lacking:
         raise ConfigError(f"{volumes_csv}: column '{lacking[0]}' is missing; expected {', '.join(COLUMNS)}")
+    for line, label in zip(table.index.tolist(), table["class_label"], strict=True):
+        try:
+            if label:
+                get_class(label)
+        except ConfigError as error:
+            raise ConfigError(f"{volumes_csv}: class_label in line {line + 2}: {error}") from None
     volumes = []
     for (dataset, crop), rows in table.groupby(["dataset", "crop_name"], sort=True):
         name = f"{dataset}/crop{crop}" if str(crop).isdigit() else f"{dataset}/{crop}"
@@ -245,43 +256,69 @@ class EMVolume:
     def read(self, lower: Shape3, upper: Shape3) -> tuple[np.ndarray, np.ndarray | None]:
         """Return image (uint8) and validity (bool or None) of a box of the lattice or its context, (z, y, x)."""
         first, last = -self.context[0][0], self.lattice.shape[0] + self.context[0][1]
-        images, valids = [], []
+        image = np.empty([b - a for a, b in zip(lower, upper, strict=True)], np.uint8)
+        valid = None
         for number in range(lower[0] // READ_PLANES, -(-upper[0] // READ_PLANES)):
             begin, end = max(first, number * READ_PLANES), min(last, (number + 1) * READ_PLANES)
-            image, valid = self._read_piece((begin, *lower[1:]), (end, *upper[1:]))
-            planes = slice(max(lower[0], begin) - begin, min(upper[0], end) - begin)
-            images.append(image[planes])
-            valids.append(None if valid is None else valid[planes])
-        if all(valid is None for valid in valids):
-            return np.concatenate(images), None
-        filled = [np.ones(i.shape, bool) if v is None else v for i, v in zip(images, valids, strict=True)]
-        return np.concatenate(images), np.concatenate(filled)
+            piece, counted = self._read_piece((begin, *lower[1:]), (end, *upper[1:]))
+            a, b = max(lower[0], begin), min(upper[0], end)
+            image[a - lower[0] : b - lower[0]] = piece[a - begin : b - begin]
+            if counted is not None:
+                valid = np.ones(image.shape, bool) if valid is None else valid
+                valid[a - lower[0] : b - lower[0]] = counted[a - begin : b - begin]
+            del piece, counted  # or this piece would be held beside the next
+        return image, valid
 
-    def _read_piece(self, lower: tuple[int, ...], upper: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
+    def _read_piece(self, lower: Shape3, upper: Shape3) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return image and validity of a piece, which is kept until another one is read."""
         if self._piece is None or self._piece[0] != (lower, upper):
-            shape = [b - a for a, b in zip(lower, upper, strict=True)]
-            block = read_em(self._image, self.lattice.window(lower, shape), max_upsample=self._max_upsample)
-            self._piece = ((lower, upper), block.image, block.valid)
+            self._piece = None  # before the next one takes its own memory
+            image = np.empty([b - a for a, b in zip(lower, upper, strict=True)], np.uint8)
+            valid = None
+            for low, high in _tiles(lower, upper):
+                place = tuple(slice(a - c, b - c) for a, b, c in zip(low, high, lower, strict=True))
+                image[place], counted = self._resample(low, high)
+                if counted is not None:
+                    valid = np.ones(image.shape, bool) if valid is None else valid
+                    valid[place] = counted
+            self._piece = ((lower, upper), image, valid)
         return self._piece[1], self._piece[2]
 
+    def _resample(self, lower: Shape3, upper: Shape3) -> tuple[np.ndarray, np.ndarray | None]:
+        shape = [b - a for a, b in zip(lower, upper, strict=True)]
+        block = read_em(self._image, self.lattice.window(lower, shape), max_upsample=self._max_upsample)
+        return block.image, block.valid
+
     def survey(self) -> Survey:
-        """Return the digest of all that a prediction may read, and the histogram of the volume's valid voxels."""
+        """Return the digest of all that a prediction may read, and the histogram of the volume's valid voxels.
+
+        It is read tile by tile, so memory does not grow with the cross-section.
+        """
         sha = hashlib.sha256(canonical_json([self.lattice.to_dict(), self.context]).encode())
         histogram = np.zeros(256, np.int64)
         before, after = zip(*self.context, strict=True)
         end = [n + a for n, a in zip(self.lattice.shape, after, strict=True)]
-        inner = tuple(slice(b, b + n) for b, n in zip(before[1:], self.lattice.shape[1:], strict=True))
-        for z in range(-before[0] // READ_PLANES * READ_PLANES, end[0], READ_PLANES):
-            first, last = max(z, -before[0]), min(z + READ_PLANES, end[0])
-            image, valid = self.read((first, -before[1], -before[2]), (last, end[1], end[2]))
+        for lower, upper in _tiles(shape3([-b for b in before]), shape3(end)):
+            image, valid = self._resample(lower, upper)
             sha.update(image.tobytes())
             if valid is not None:
                 sha.update(np.packbits(valid).tobytes())
-            planes = slice(max(0, -first), max(0, self.lattice.shape[0] - first))
-            inside = image[planes][:, *inner]
-            chosen = inside.ravel() if valid is None else inside[valid[planes][:, *inner]]
-            histogram += np.bincount(chosen, minlength=256)
+            inner = tuple(
+                slice(max(0, -a), max(0, min(b, n) - a))
+                for a, b, n in zip(lower, upper, self.lattice.shape, strict=True)
+            )
+            inside = image[inner]
+            histogram += np.bincount(inside.ravel() if valid is None else inside[valid[inner]], minlength=256)
         return Survey(sha.hexdigest(), histogram)
+
+
+def _tiles(lower: Shape3, upper: Shape3) -> Iterator[tuple[Shape3, Shape3]]:
+    """Yield the tiles of a box, (lower, upper) corners: their inner edges lie at fixed multiples, whatever the box."""
+    ranges = []
+    for a, b, size in zip(lower, upper, (READ_PLANES, READ_TILE, READ_TILE), strict=True):
+        ranges.append(list(pairwise([a, *range((a // size + 1) * size, b, size), b])))
+    for z, y, x in product(*ranges):
+        yield (z[0], y[0], x[0]), (z[1], y[1], x[1])
 
 
 def check_survey(survey: Survey, path: Path) -> None:
