@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 from cellmap_pipe.errors import DataError
 from cellmap_pipe.evaluation import aggregate, missing_label
-from cellmap_pipe.evaluation.challenge import bootstrap, differing, score_submission, score_table
+from cellmap_pipe.evaluation.challenge import (
+    LabelTask,
+    bootstrap,
+    differing,
+    score_submission,
+    score_table,
+    task_bytes,
+)
+from cellmap_pipe.evaluation.container import open_container
 from cellmap_pipe.evaluation.tasks import run_tasks
 
 _spec = importlib.util.spec_from_file_location("scoring_reference", Path(__file__).with_name("scoring_reference.py"))
@@ -199,6 +207,15 @@ def test_bootstrap_interval_holds_the_score():
     assert interval["score"] == aggregate(flat)["overall_score"]
     assert 0 <= interval["low"] < interval["score"] < interval["high"] <= 1
     assert bootstrap([])["crops"] == 0
+
+
+def test_larger_and_resampled_predictions_need_more_memory(volumes):
+    task = LabelTask("", "", "crop1", "crop1", "er", "clean")
+    truths, answers = (open_container(volumes / name) for name in ("truth.zarr", "submission.zarr"))
+    assert task_bytes(truths, answers, task) == 12 * 20**3
+    shutil.rmtree(volumes / "submission.zarr/crop1/er")
+    write(volumes / "submission.zarr", "crop1/er", np.zeros((40, 40, 40), np.uint8), voxel_size=[4.0, 4.0, 4.0])
+    assert task_bytes(truths, answers, task) == (12 + 16) * 40**3
 
 
 def square(x):

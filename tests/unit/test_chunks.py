@@ -223,6 +223,14 @@ def test_em_that_was_fetched_later_is_noticed(run):
     np.testing.assert_array_equal(Store(run.index()).image("fly/crop1")[:2], run.em[6:8, 8:30, 10:30])
 
 
+def test_em_of_another_size_is_noticed(run):
+    run.prepare()
+    before = run.chunk()["records"][0]["input_digest"]
+    chunk = run.root / "fly/fly.zarr" / EM_PATH / "s0/0.0.0"
+    chunk.write_bytes(chunk.read_bytes() + b"\0")
+    assert run.chunk()["records"][0]["input_digest"] != before
+
+
 def test_crops_that_are_not_kept_leave_the_store(run):
     run.chunk()
     (run.store / ".partial-0-fly_crop2_image.npy").write_bytes(b"abandoned")

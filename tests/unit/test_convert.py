@@ -201,6 +201,14 @@ def test_em_that_was_not_downloaded_leaves_everything_unknown(project, tmp_path)
     assert record["em_stats"]["max"] == 0 and sum(record["em_stats"]["histogram"]) == 0
 
 
+def test_complement_counts_that_are_no_mapping_are_passed_over(project):
+    path = project.crop(1) / "nuc" / ".zattrs"
+    attributes = json.loads(path.read_text())
+    attributes["cellmap"] = {"annotation": {"complement_counts": [1], "annotation_type": "semantic"}}
+    path.write_text(json.dumps(attributes))
+    assert project.convert()["crop1"]["status"] == "ok"
+
+
 def test_a_label_box_beyond_the_em_is_unknown_there(project, ngff):
     ngff(project.crop(4) / "pm", np.ones((16, 16, 16), np.uint8), (4, 4, 4), (-2, -2, 158))
     record = project.convert()["crop4"]

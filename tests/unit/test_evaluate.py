@@ -70,7 +70,7 @@ def fold(tmp_path, ngff):
     return tmp_path, records
 
 
-def evaluate(fold, *, rules="csc-2026.06", workers=1, classes=CLASSES):
+def evaluate(fold, *, rules="csc-2026.06", workers=1, classes=CLASSES, labels=None):
     path, records = fold
     (path / "validation.json").write_text(
         json.dumps({"model": "net", "fold": "0", "subset": "validation", "records": records})
@@ -82,6 +82,7 @@ def evaluate(fold, *, rules="csc-2026.06", workers=1, classes=CLASSES):
         path / "scores.json",
         rules=rules,
         classes=classes,
+        labels=labels,
         workers=workers,
     )
     return json.loads((path / "scores.json").read_text())
@@ -133,11 +134,23 @@ def test_failed_volumes_miss_their_labels_and_those_of_other_grids_are_left_out(
     missing = [record for record in result["records"] if record["crop"] == "jrc_x/crop1"]
     assert {record["status"] for record in missing} == {"missing"} and len(missing) == 3
     counts = {record["label"]: record["fn"] for record in missing}
-    assert counts == {"er": 16**3, "mito_mem": 16**3, "mito": 2}
+    assert counts == {"er": 13 * 16**2, "mito_mem": 16**3, "mito": 2}  # known voxels, known objects
     records[0]["status"] = "not served"
     result = evaluate((path, records))
     assert result["not_served"] == ["jrc_x/crop1"]
     assert {record["crop"] for record in result["records"]} == {"jrc_x/crop2"}
+
+
+def test_empty_arrays_that_mean_unknown_are_not_scored(fold):
+    assert evaluate(fold)["withdrawn"] == []
+    everywhere = evaluate(fold, labels={"empty": "unknown"}, workers=2)
+    assert everywhere["withdrawn"] == ["jrc_x/crop1/mito_mem", "jrc_x/crop2/mito_mem"]
+    assert {record["label"] for record in everywhere["records"]} == {"er", "mito"}
+    assert "mito_mem" not in everywhere["dice"] and everywhere["failed"] == []
+    one = evaluate(fold, labels={"empty": "unknown", "empty_by_crop": {"jrc_x/crop2": "absent"}})
+    assert one["withdrawn"] == ["jrc_x/crop1/mito_mem"]
+    by_class = {"empty": "absent", "empty_by_class": {"mito_mem": "unknown", "er": "unknown"}}
+    assert evaluate(fold, labels=by_class) == everywhere
 
 
 def test_an_annotated_class_without_segmentation_is_missing(fold):

@@ -305,6 +305,17 @@ def test_scores_are_drawn_as_bars_or_as_a_map(tmp_path, sources):
     assert pixels(tmp_path / "gain.png").std() > 10
 
 
+def test_sources_are_compared_over_the_folds_that_all_have(tmp_path):
+    files = [
+        score_file(tmp_path / f"{name}{fold}.json", name, fold, {"pm": dice})
+        for name, fold, dice in [("ensemble", "0", 0.5), ("a", "0", 0.4), ("b", "0", 0.3)]
+    ]
+    ensemble_gain(files, tmp_path / "one.svg")
+    lone = [score_file(tmp_path / f"{name}1.json", name, "1", {"pm": 0.9}) for name in ("ensemble", "a")]
+    ensemble_gain([*files, *lone], tmp_path / "two.svg")
+    assert (tmp_path / "one.svg").read_text() == (tmp_path / "two.svg").read_text()
+
+
 def test_ensemble_without_models_says_that_there_is_nothing_to_compare(tmp_path):
     ensemble_gain([score_file(tmp_path / "e.json", "ensemble", "0", {"pm": 0.5})], tmp_path / "gain.svg")
     assert (tmp_path / "gain.svg").stat().st_size > 1000

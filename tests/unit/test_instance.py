@@ -144,9 +144,14 @@ def test_ids_of_any_size_and_layout_score_the_same():
     assert score_instance(pred.astype(">u4"), large, (2, 2, 2), rules="clean") == expected
 
 
+def test_nested_lists_are_arrays():
+    assert score_instance([[[1, 0]]], [[[1, 0]]], (1, 1, 1), [[[1, 1]]])["tp"] == 1
+
+
 @pytest.mark.parametrize(
     ("pred", "truth", "fault"),
     [
+        (np.zeros((2, 2, 2), np.longdouble), np.zeros((2, 2, 2), np.uint8), "at most 64 bits"),
         (np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2, 2), np.uint8), "shape"),
         (np.zeros((0, 2, 2), np.uint8), np.zeros((0, 2, 2), np.uint8), "empty"),
         (np.zeros((2, 2, 2), np.uint8), np.zeros((2, 2, 2), np.float64), "integers"),

@@ -73,6 +73,26 @@ def test_another_unknown_value_is_taken_from_the_encoding():
     assert label_states(np.array([2, 255, 1], np.uint8), attributes)[0].tolist() == [UNKNOWN, PRESENT, PRESENT]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"annotation_type": "semantic_segmentation"},
+        {"annotation_type": {"encoding": ["absent"]}},
+        {"annotation_type": {"type": "instance_segmentation"}, "complement_counts": [1, 2]},
+    ],
+)
+def test_metadata_of_the_wrong_kind_are_passed_over(content):
+    states, _ = label_states(np.array([0, 1], np.uint8), {"cellmap": {"annotation": content}})
+    assert states.tolist() == [ABSENT, PRESENT]
+
+
+def test_an_unknown_value_that_is_no_number_is_named():
+    attributes = annotation("semantic")
+    attributes["cellmap"]["annotation"]["annotation_type"]["encoding"]["unknown"] = "none"
+    with pytest.raises(DataError, match=r"encoding\.unknown 'none' is not a number"):
+        label_states(np.zeros(1, np.uint8), attributes)
+
+
 @pytest.mark.parametrize("dtype", [bool, np.int8, np.uint8, np.int64, np.uint64])
 def test_every_integer_dtype_and_bool_is_read(dtype):
     assert label_states(np.array([0, 1], dtype), {})[0].tolist() == [ABSENT, PRESENT]
@@ -342,6 +362,13 @@ def test_arrays_on_different_lattices_meet_on_the_grid(tmp_path, ngff):
     target = fine[0].level.lattice
     result = build_label_map([*fine, *coarse], target, ["pm", "ecs"], valid=None, max_upsample=2)
     assert result.table[result.rows][0, 0].tolist() == [[1, 0]] * 2 + [[0, 1]] * 2 + [[0, 2]] * 4
+
+
+def test_planes_below_the_crop_are_counted_too(tmp_path, ngff):
+    lead = write_crop(ngff, tmp_path, {"pm": np.zeros((8, 8, 8), np.uint8)}, (4, 4, 4), (62, -2, -2))
+    other = write_crop(ngff, tmp_path, {"ecs": np.ones((48, 16, 8), np.uint8)}, (2, 2, 4), (-1, -1, -2))
+    result = build_label_map([*lead, *other], lead[0].level.lattice, ["pm", "ecs"], valid=None, max_upsample=2)
+    assert sum(result.source_counts["ecs"].values()) == 48 * 16 * 8
 
 
 def test_empty_arrays_are_recognised(tmp_path, ngff):

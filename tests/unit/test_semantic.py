@@ -47,9 +47,15 @@ def test_any_value_above_zero_counts_as_foreground():
     assert score_semantic(pred, np.ones((2, 2, 2), bool))["tp"] == 8
 
 
+def test_nested_lists_are_arrays():
+    assert score_semantic([[[1, 0]]], [[[1, 1]]], [[[1, 1]]])["fn"] == 1
+
+
 @pytest.mark.parametrize(
     ("pred", "truth", "fault"),
     [
+        ([[[1], [1, 2]]], [[[1, 1]]], "not an array"),
+        (np.zeros((2, 2, 2), np.longdouble), np.zeros((2, 2, 2), np.uint8), "at most 64 bits"),
         (np.zeros((2, 2, 3)), np.zeros((2, 2, 2), np.uint8), "shape"),
         (np.zeros((2, 2)), np.zeros((2, 2), np.uint8), "three axes"),
         (np.zeros((0, 2, 2)), np.zeros((0, 2, 2), np.uint8), "empty"),

@@ -217,6 +217,9 @@ FORMS = {
     + toolbox_row("validate", "fly-1", "crop102", root="s3://bucket"),
     "three cells": "train,/data/fly-1/fly-1.zarr/recon-1/labels/groundtruth/crop101\nvalidate,fly-1,crop102\n",
     "header": "split,dataset,crop\ntrain,fly-1,crop101\nvalidate,fly-1,102\n",
+    "leading zeros": "split,dataset,crop\ntrain,fly-1,crop0101\nvalidate,fly-1,000102\n , ,\n",
+    "container in a container": toolbox_row("train", "fly-1", "crop101", root="/data/all.zarr")
+    + toolbox_row("validate", "fly-1", "crop102"),
     "header, full names": "crop,split\nfly-1/crop101,train\n\nfly-1/crop102,validation\n",
 }
 
@@ -238,6 +241,8 @@ def test_datasplit_rows_on_other_crops_are_left_out_with_a_warning(three, caplog
     [
         (FORMS["toolbox"] + toolbox_row("validate", "fly-1", "crop101"), "line 3: fly-1/crop101 is on both sides"),
         ("exclude,fly-1,crop101\n", "line 1: starts with 'exclude'; allowed: train, validate"),
+        ("split,dataset,crop\ntrain,fly-1\n", "line 2: has 2 cells, its header 3"),
+        ("dataset,split,crop\nfly,1,train,crop101\n", "line 2: has 4 cells, its header 3"),
         ("train,fly-1\n", "line 1: no dataset and crop found"),
         ("split,name\ntrain,crop101\n", "split, dataset and crop are needed"),
         (toolbox_row("train", "fly-1", "crop101"), "no crop on side 'validate'"),

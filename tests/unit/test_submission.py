@@ -181,6 +181,34 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"voxel_size": [0, 0, 0]}, "wrong voxel size"),
+        ({"voxel_size": [float("nan"), 8, 8]}, "wrong voxel size"),
+        ({"voxel_size": [-8, -16, -16]}, "wrong voxel size"),
+        ({"translation": [float("nan")] * 3}, "wrong translation"),
+        ({"voxel_size": [10**400, 8, 8]}, "unreadable attributes"),
+        ({"shape": 4}, "attribute shape differs"),
+        ([1, 2], "unreadable array"),
+    ],
+)
+def test_attributes_of_any_kind_are_a_problem_of_their_array_alone(good, changes, fault):
+    path = good / "good.zarr/crop1/er/.zattrs"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes if isinstance(changes, dict) else changes))
+    assert [(p.array, p.fault) for p in validate(good / "good.zarr", good / "manifest.csv")] == [("crop1/er", fault)]
+
+
+def test_an_array_that_cannot_be_checked_does_not_stop_the_others(good):
+    set_meta(good / "good.zarr", "crop1/mito", fill_value={})
+    set_attributes(good / "good.zarr", "crop2/er", shape=[1])
+    problems = validate(good / "good.zarr", good / "manifest.csv")
+    assert {(p.array, p.fault) for p in problems} >= {
+        ("crop1/mito", "unreadable array"),
+        ("crop2/er", "attribute shape differs"),
+    }
+
+
 def test_a_faultless_submission_has_no_problem(good):
     assert validate(good / "good.zarr", good / "manifest.csv") == []
 
@@ -219,6 +247,13 @@ def fake_zip(path, *, extra=None, link=False, root=None):
 def test_unsafe_zip_members_are_found(good, extra, link, fault):
     path = fake_zip(good / "bad.zip", extra=extra, link=link, root=good / "good.zarr")
     assert fault in {problem.fault for problem in validate(path, good / "manifest.csv")}
+
+
+def test_a_folder_that_holds_one_zip_is_checked_like_the_zip(good):
+    (good / "upload").mkdir()
+    fake_zip(good / "upload/bad.zip", extra="crop1/../../evil", root=good / "good.zarr")
+    faults = {problem.fault for problem in validate(good / "upload", good / "manifest.csv")}
+    assert "path with '..' in the zip" in faults
 
 
 def test_zip_bombs_and_files_that_are_no_zip_are_found(good, monkeypatch):
@@ -340,6 +375,20 @@ def test_failed_volumes_become_zeros_and_broken_contracts_are_named(tmp_path):
     with pytest.raises(ContractError, match="er: missing; run again with -R segment"):
         pack(source, manifest, tmp_path / "s.zip", tmp_path / "report.json")
     assert not (tmp_path / "s.zip").exists()
+
+
+def test_failed_volumes_still_give_their_rows_a_geometry(tmp_path):
+    manifest = write_manifest(tmp_path / "manifest.csv", ["1"], ["er"], ("", "", ""))
+    source = segmentation(tmp_path, [1], status="failed")
+    pack(source, manifest, tmp_path / "s.zip", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["zero_rows"], report["problems"]) == (["crop1/er"], [])
+    content = json.loads(source.read_text())
+    del content["records"][0]["target"]
+    source.write_text(json.dumps(content))
+    pack(source, manifest, tmp_path / "s.zip", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["rows"] == 0 and "crop1: no geometry" in report["problems"][0]
 
 
 def test_ids_beyond_uint16_are_kept(tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 from cellmap_pipe.errors import DataError
 from cellmap_pipe.evaluation.alignment import is_instance, match_geometry, offset_voxels, same_voxel
 from cellmap_pipe.evaluation.container import Container, open_container, shared_container
-from cellmap_pipe.evaluation.inputs import check_truth, slabs
+from cellmap_pipe.evaluation.inputs import as_array, check_truth, slabs
 from cellmap_pipe.evaluation.instance import score_instance
 from cellmap_pipe.evaluation.rules import Rules, get_rules
 from cellmap_pipe.evaluation.semantic import score_semantic
@@ -27,6 +27,8 @@ Records = Mapping[str, Mapping[str, Mapping[str, Any]]] | Iterable[Mapping[str, 
 # Bytes of working memory per voxel while a label is scored (measured, with a margin), the two volumes included
 INSTANCE_BYTES = 28
 SEMANTIC_BYTES = 12
+# And per voxel of a prediction that is resampled
+RESAMPLE_BYTES = 16
 
 
 def missing_label(truth: Any, label: str) -> Record:
@@ -35,6 +37,7 @@ def missing_label(truth: Any, label: str) -> Record:
     truth: array (z, y, x), numpy or zarr. Every truth object is missed, or, for a semantic label, every voxel of the
     crop, even where the truth is empty. Raises DataError for a truth that cannot be scored.
     """
+    truth = as_array(truth)
     voxels = int(math.prod(truth.shape))
     if not is_instance(label):
         return {"tp": 0, "fp": 0, "fn": voxels, "status": "missing", "is_missing": True, "num_voxels": voxels}
@@ -202,7 +205,7 @@ def score_submission(
     ]
     if not tasks:
         raise DataError(f"{truth}: holds no arrays crop{{N}}/{{label}} of zarr v2")
-    costs = [task_bytes(truths, task.crop, task.label) for task in tasks]
+    costs = [task_bytes(truths, answers, task) for task in tasks]
     records: dict[str, dict[str, Record]] = {crop: {} for crop in crops}
     for done, (task, record) in enumerate(run_tasks(score_task, tasks, costs, workers, memory_gb), start=1):
         records[task.crop][task.label] = record
@@ -330,14 +333,21 @@ def _score_label(task: LabelTask) -> Record:
     return {**record, **voxels, "is_missing": False}
 
 
-def task_bytes(truths: Container, crop: str, label: str) -> int:
+def task_bytes(truths: Container, answers: Container, task: LabelTask) -> int:
     """Return an estimate of the memory that scoring one label takes; 0 where its metadata cannot be read."""
     try:
-        truth = truths.array(crop, label)
+        truth = truths.array(task.crop, task.label)
+        pred = None if task.answer is None else answers.array(task.answer, task.label)
+        resampled = truth is not None and pred is not None and not _same_voxel_sizes(pred.voxel_size, truth.voxel_size)
     except DataError:
         return 0
-    voxels = 0 if truth is None else math.prod(truth.shape)
-    return voxels * (INSTANCE_BYTES if is_instance(label) else SEMANTIC_BYTES)
+    n_truth, n_pred = (0 if array is None else math.prod(array.shape) for array in (truth, pred))
+    per_voxel = INSTANCE_BYTES if is_instance(task.label) else SEMANTIC_BYTES
+    return max(n_truth, n_pred) * per_voxel + (n_pred * RESAMPLE_BYTES if resampled else 0)
+
+
+def _same_voxel_sizes(first: Sequence[float] | None, second: Sequence[float] | None) -> bool:
+    return first is None or second is None or (len(first) == len(second) and same_voxel(first, second))
 
 
 def _match_crops(answers: Container, crops: Sequence[str]) -> dict[str, str]:

@@ -161,6 +161,8 @@ class ChunkedArray:
             self.attributes: dict[str, Any] = json.loads(attributes) if attributes else {}
         except ValueError as error:
             raise DataError(f"{name}/.zattrs is not JSON ({error})") from error
+        if not isinstance(self.attributes, dict):
+            raise DataError(f"{name}/.zattrs is not a JSON object but {str(self.attributes)[:60]}")
 
     @property
     def ndim(self) -> int:
@@ -171,7 +173,7 @@ class ChunkedArray:
             if self.attributes.get(key) is not None:
                 try:
                     return tuple(float(v) for v in self.attributes[key])
-                except (TypeError, ValueError):
+                except (TypeError, ValueError, OverflowError):
                     raise DataError(f"{self.name}/.zattrs: {key} {self.attributes[key]!r} is not a list") from None
         return None
 

@@ -29,7 +29,7 @@ from cellmap_pipe.evaluation.rules import PORTAL_NOTE, Rules, get_rules
 from cellmap_pipe.evaluation.semantic import score_semantic
 from cellmap_pipe.evaluation.tasks import run_tasks
 from cellmap_pipe.files import read_json, write_json
-from cellmap_pipe.prepare.labels import UNKNOWN, label_states, read_label
+from cellmap_pipe.prepare.labels import UNKNOWN, empty_means, is_empty, label_states, read_label
 from cellmap_pipe.prepare.ngff import chunk_shape, open_level, read_box
 
 logger = logging.getLogger(__name__)
@@ -39,13 +39,17 @@ CLEAN = "clean"
 
 @dataclass(frozen=True)
 class CropTask:
-    """One (crop, label): the group of its label array, and the folder of the segmentation (None: it failed)."""
+    """One (crop, label): the group of its label array, and the folder of the segmentation (None: it failed).
+
+    empty_is_unknown: whether an all-zero array says nothing, so that it is not scored.
+    """
 
     crop: str
     label: str
     truth: str
     segmentation: str | None
     rules: str
+    empty_is_unknown: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,20 +69,23 @@ def evaluate_fold(
     *,
     rules: str = "csc-2026.06",
     classes: Sequence[str],
+    labels: Mapping[str, Any] | None = None,
     workers: int = 1,
     memory_gb: float | None = None,
 ) -> None:
     """Write the scores of all volumes in `segment_json` over their annotated labels (`classes` and segmented groups).
 
+    labels: what all-zero arrays mean, as configured (`empty`, `empty_by_class`, `empty_by_crop`; default: absent). One
+    that means "unknown" is listed under `withdrawn` and not scored, as it is not trained on.
     Unknown voxels count nowhere. A volume that failed misses its labels; one that another model's grid serves is listed
     under `not_served` and left out. A label that cannot be read or compared is recorded with status "failed" and its
     cause; the others count. Result keys: records (official keys; crop, label, kind, dice, known_voxels, and voxels:
     tp, fp, fn of the foreground), aggregate, clean, background, interval (bootstrap over crops), dice, mean_dice,
-    differs and clean_records (where `clean` differs), failed, not_served, ceiling, rules, provisional, note, model and
-    fold.
+    differs and clean_records (where `clean` differs), failed, withdrawn, not_served, ceiling, rules, provisional, note,
+    model and fold.
     Raises ContractError if a volume is not in crops.csv.
     """
-    chosen = get_rules(rules)
+    chosen, labels = get_rules(rules), labels or {"empty": "absent"}
     for name in classes:
         get_class(name)
     content = read_json(segment_json, "run again with -R segment")
@@ -97,12 +104,15 @@ def evaluate_fold(
         folder = Path(segment_json).parent / volume["path"] if volume["status"] == "ok" else None
         for label in (name for name in answerable if name in row["annotated"].split(";")):
             path = Path(data_root) / row["labels"] / label
-            tasks.append(CropTask(volume["name"], label, str(path), folder and str(folder), chosen.name))
+            unknown = empty_means(labels, volume["name"], label) == "unknown"
+            tasks.append(CropTask(volume["name"], label, str(path), folder and str(folder), chosen.name, unknown))
             voxels = math.prod(int(n) for n in row["shape"].split(";")) if row["shape"] else 0
             costs.append(voxels * (INSTANCE_BYTES if is_instance(label) else SEMANTIC_BYTES))
     scored = dict(run_tasks(score_crop_label, tasks, costs, workers, memory_gb))
-    results = [scored[task] for task in sorted(tasks, key=lambda task: (task.crop, task.label))]
-    write_json(out_json, {**_summary(results, chosen, answerable), **_origin(content, volumes)})
+    tasks = sorted(tasks, key=lambda task: (task.crop, task.label))
+    results = [result for task in tasks if (result := scored[task]) is not None]
+    withdrawn = [f"{task.crop}/{task.label}" for task in tasks if scored[task] is None]
+    write_json(out_json, {**_summary(results, chosen, answerable), "withdrawn": withdrawn, **_origin(content, volumes)})
 
 
 def _origin(content: Mapping[str, Any], volumes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -157,10 +167,15 @@ def _pooled_dice(records: Sequence[Record], label: str) -> float | None:
     return 2 * tp / (2 * tp + fp + fn)
 
 
-def score_crop_label(task: CropTask) -> CropScore:
-    """Return the scores of one label of one crop; status "failed" with its cause if it cannot be scored."""
+def score_crop_label(task: CropTask) -> CropScore | None:
+    """Return the scores of one label of one crop, None if its array says nothing.
+
+    Status "failed" with its cause if it cannot be scored.
+    """
     name = {"crop": task.crop, "label": task.label, "kind": "instance" if is_instance(task.label) else "semantic"}
     try:
+        if task.empty_is_unknown and is_empty(read_label(task.truth)):
+            return None
         scores = _score(task)
     except MemoryError:
         raise
@@ -217,6 +232,8 @@ def _score(task: CropTask) -> CropScore:
         if pred is None:
             source = truth if is_instance(task.label) else np.broadcast_to(np.uint8(0), lattice.shape)
             counts = missing_label(source, task.label)
+            if not is_instance(task.label):
+                counts["fn"] = n_known
         elif is_instance(task.label):
             assert aligned is not None
             counts = score_instance(aligned[:], truth, lattice.voxel_nm, known, name)

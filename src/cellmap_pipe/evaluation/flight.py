@@ -3,6 +3,8 @@
 Chunks without a file are never made, so that a sparse submission of many large arrays is checked in minutes.
 """
 
+import logging
+import math
 import stat
 import zipfile
 from collections.abc import Sequence
@@ -17,11 +19,13 @@ import numpy as np
 from cellmap_pipe.classes import CLASSES, contains
 from cellmap_pipe.errors import DataError
 from cellmap_pipe.evaluation.alignment import is_instance
-from cellmap_pipe.evaluation.container import ChunkedArray, Container, open_container, shared_container
+from cellmap_pipe.evaluation.container import ChunkedArray, Container, ZipContainer, open_container, shared_container
 from cellmap_pipe.evaluation.instance import too_many_instances
 from cellmap_pipe.evaluation.manifest import ManifestRow, read_manifest
 from cellmap_pipe.evaluation.tasks import run_tasks
 from cellmap_pipe.geometry import TOLERANCE_NM
+
+logger = logging.getLogger(__name__)
 
 MAX_UNCOMPRESSED = 50 * 2**30
 # Components of larger arrays are not counted: it would take more memory than the check should
@@ -59,12 +63,12 @@ def validate(
 
 def check(submission: str | Path, rows: Sequence[ManifestRow], *, workers: int = 1) -> list[Problem]:
     """Return what `validate` does, for manifest rows that are read already."""
-    problems = _check_zip(Path(submission)) if Path(submission).suffix == ".zip" else []
     try:
         container = open_container(submission)
     except DataError as error:
-        detail = str(error)
-        return [*problems, Problem(str(submission), "unreadable submission", detail, "pack it as one zip of one zarr")]
+        unreadable = Problem(str(submission), "unreadable submission", str(error), "pack it as one zip of one zarr")
+        return [*_check_zip(Path(submission)), unreadable]
+    problems = _check_zip(Path(container.path)) if isinstance(container, ZipContainer) else []
     problems += _check_format(container, "")
     wanted: dict[str, list[ManifestRow]] = {}
     for row in rows:
@@ -86,7 +90,7 @@ def _check_zip(path: Path) -> list[Problem]:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError):
-        return []  # opening the container names it
+        return []  # no zip, or a broken one: opening the container names it
     problems = []
     again = "pack it again"
     names = sorted(str(PurePosixPath(member.filename)) for member in members)
@@ -167,21 +171,32 @@ def _check_crop(task: _CropTask) -> list[Problem]:
     for row in task.rows:
         name = f"{task.folder}/{row.label}"
         try:
-            array = container.array(task.folder, row.label)
+            found, array = _check_row(container, name, task.folder, row)
+        except MemoryError:
+            raise
         except DataError as error:
-            problems.append(Problem(name, "unreadable array", str(error), "write it again"))
-            continue
-        if array is None:
-            problems += _absent(container, name)
-            continue
-        found = _check_geometry(array, row)
+            found, array = [Problem(name, "unreadable array", str(error), "write it again")], None
+        except Exception as error:  # metadata may hold anything; one array must not cost the others their check
+            logger.exception("%s", name)
+            detail = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            found, array = [Problem(name, "unreadable array", detail, "write it again")], None
         problems += found
-        if array.ndim == 3:
-            content = _check_content(array, row)
-            problems += content
-            if not found and not any(problem.severity == "error" for problem in content):
-                arrays[row.label] = array
+        if array is not None:
+            arrays[row.label] = array
     return problems + _check_groups(arrays)
+
+
+def _check_row(
+    container: Container, name: str, folder: str, row: ManifestRow
+) -> tuple[list[Problem], ChunkedArray | None]:
+    """Return the problems of the row's array, and the array itself if it can be compared with others."""
+    array = container.array(folder, row.label)
+    if array is None:
+        return _absent(container, name), None
+    found = _check_geometry(array, row)
+    content = _check_content(array, row) if array.ndim == 3 else []
+    sound = array.ndim == 3 and not found and not any(problem.severity == "error" for problem in content)
+    return found + content, array if sound else None
 
 
 def _absent(container: Container, name: str) -> list[Problem]:
@@ -218,7 +233,7 @@ def _check_geometry(array: ChunkedArray, row: ManifestRow) -> list[Problem]:
     elif wrong_voxel:
         detail = f"{list(voxel)} nm, {list(target.voxel_nm)} nm expected"
         fault = "wrong voxel size"
-        if len(voxel) == 3:
+        if len(voxel) == 3 and all(math.isfinite(v) and v > 0 for v in voxel):
             ratio = np.asarray(voxel) / np.asarray(target.voxel_nm)
             powers = np.log2(ratio)
             if np.allclose(ratio, ratio[0], rtol=1e-3) and np.isclose(powers[0], round(powers[0]), atol=1e-3):
@@ -236,7 +251,7 @@ def _check_geometry(array: ChunkedArray, row: ManifestRow) -> list[Problem]:
     elif len(translation) != 3 or not np.allclose(translation, target.translation_nm, rtol=0, atol=TOLERANCE_NM):
         problems.append(_translation_problem(name, translation, row, write))
     stated = array.attributes.get("shape")
-    if stated is not None and list(stated) != list(array.shape):
+    if stated is not None and (not isinstance(stated, list) or stated != list(array.shape)):
         detail = f"{stated}, the array has {list(array.shape)}"
         problems.append(Problem(name, "attribute shape differs", detail, "write the array's own shape", "warning"))
     return problems
@@ -246,7 +261,7 @@ def _translation_problem(name: str, translation: Sequence[float], row: ManifestR
     target = row.lattice
     detail = f"{list(translation)} nm, {list(target.translation_nm)} nm expected"
     fault = "wrong translation"
-    if len(translation) == 3:
+    if len(translation) == 3 and all(map(math.isfinite, translation)):
         shift = (np.asarray(translation) - np.asarray(target.translation_nm)) / np.asarray(target.voxel_nm)
         if np.allclose(translation[::-1], target.translation_nm, rtol=0, atol=TOLERANCE_NM):
             fault = "translation in the order (x, y, z)"

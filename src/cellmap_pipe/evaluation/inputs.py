@@ -12,6 +12,16 @@ LARGEST_ID = 2**32
 SLAB_VOXELS = 8_000_000
 
 
+def as_array(values: Any) -> Any:
+    """Return `values` as an array unless it is one, numpy or zarr. Raises DataError for ragged lists."""
+    if values is None or hasattr(values, "shape"):
+        return values
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise DataError(f"not an array (z, y, x): {error}") from error
+
+
 def check_shapes(pred: Any, truth: Any, mask: Any = None) -> None:
     """Raise DataError unless the arrays (z, y, x) are 3-D, not empty and of one shape."""
     for name, array in (("truth", truth), ("prediction", pred), ("mask", mask)):
@@ -38,9 +48,11 @@ def check_truth(truth: np.ndarray) -> None:
 
 
 def check_pred(pred: np.ndarray) -> None:
-    """Raise DataError unless the prediction is of bool, integers or finite floats."""
+    """Raise DataError unless the prediction is of bool, integers or finite floats of at most 64 bits."""
     if pred.dtype.kind not in "buif":
         raise DataError(f"prediction has dtype {pred.dtype}; bool, integers or floats are needed")
+    if pred.dtype.kind == "f" and pred.dtype.itemsize > 8:
+        raise DataError(f"prediction has dtype {pred.dtype}; floats of at most 64 bits are needed")
     if pred.dtype.kind == "f" and not np.isfinite(pred).all():
         raise DataError("prediction has values that are not finite (NaN or infinity)")
     if pred.dtype.kind in "ui" and pred.dtype.itemsize > 4 and int(pred.max(initial=0)) > LARGEST_ID:

@@ -9,7 +9,7 @@ import numpy as np
 
 from cellmap_pipe.errors import DataError
 from cellmap_pipe.evaluation.hausdorff import HausdorffDistances
-from cellmap_pipe.evaluation.inputs import check_pred, check_shapes, check_truth
+from cellmap_pipe.evaluation.inputs import as_array, check_pred, check_shapes, check_truth
 from cellmap_pipe.evaluation.matching import match
 from cellmap_pipe.evaluation.overlap import count_overlaps, find_objects, find_runs
 from cellmap_pipe.evaluation.rules import Rules, get_rules
@@ -29,7 +29,7 @@ def score_instance(
     inputs. Raises DataError for arrays that cannot be compared, ConfigError for unknown rules.
     """
     rules = get_rules(rules)
-    pred, truth = np.asarray(pred), np.asarray(truth)
+    pred, truth, mask = np.asarray(as_array(pred)), np.asarray(as_array(truth)), as_array(mask)
     check_shapes(pred, truth, mask)
     check_truth(truth)
     check_pred(pred)

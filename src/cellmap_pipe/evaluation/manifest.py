@@ -28,25 +28,18 @@ def read_manifest(
 ) -> list[ManifestRow]:
     """Return the rows of the manifest, sorted by crop and label.
 
-    A row with an empty class_label stands for `all_labels`; one without geometry takes it from `boxes`, by crop.
-    Vectors are written `[z;y;x]`.
+    A row with an empty class_label stands for `all_labels`; one without geometry takes it from `boxes`, by crop, and is
+    left out if its crop is not among them. Vectors are written `[z;y;x]`.
     Raises ConfigError naming the file, the line and what is wrong there.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as stream:
-            table = list(csv.DictReader(stream))
-    except OSError as error:
-        raise ConfigError(f"{path}: the manifest cannot be read ({error})") from error
-    missing = [name for name in COLUMNS if table and name not in table[0]]
-    if missing or not table:
-        raise ConfigError(f"{path}: is not a manifest of crops; its columns must include {', '.join(COLUMNS)}")
     rows: dict[tuple[str, str], ManifestRow] = {}
-    for line, entry in enumerate(table, start=2):
-        number = entry["crop_name"].strip()
-        crop = f"crop{number}" if number.isdigit() else number
+    for line, entry in enumerate(_entries(path), start=2):
+        crop = _crop(entry)
         try:
-            geometry = [(entry[column] or "").strip() for column in GEOMETRY]
-            if not any(geometry) and boxes is not None and crop in boxes:
+            geometry = _geometry(entry)
+            if not any(geometry) and boxes is not None:
+                if crop not in boxes:
+                    continue
                 lattice = boxes[crop]
             else:
                 lattice = Lattice(
@@ -62,6 +55,31 @@ def read_manifest(
             if rows.setdefault((row.crop, each), row) != row:
                 raise ConfigError(f"{path}: line {line}: {row.crop}/{each} is listed twice with different geometry")
     return [rows[key] for key in sorted(rows)]
+
+
+def crops_without_geometry(path: str | os.PathLike[str]) -> set[str]:
+    """Return the crops that a row of the manifest names without geometry. Raises ConfigError as `read_manifest`."""
+    return {_crop(entry) for entry in _entries(path) if not any(_geometry(entry))}
+
+
+def _entries(path: str | os.PathLike[str]) -> list[dict[str, str]]:
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            table = list(csv.DictReader(stream))
+    except OSError as error:
+        raise ConfigError(f"{path}: the manifest cannot be read ({error})") from error
+    if not table or any(name not in table[0] for name in COLUMNS):
+        raise ConfigError(f"{path}: is not a manifest of crops; its columns must include {', '.join(COLUMNS)}")
+    return table
+
+
+def _crop(entry: Mapping[str, str]) -> str:
+    number = entry["crop_name"].strip()
+    return f"crop{number}" if number.isdigit() else number
+
+
+def _geometry(entry: Mapping[str, str]) -> list[str]:
+    return [(entry[column] or "").strip() for column in GEOMETRY]
 
 
 def _vector(text: str) -> list[float]:

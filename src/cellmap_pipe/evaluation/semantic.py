@@ -5,15 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from cellmap_pipe.evaluation.inputs import check_pred, check_shapes, check_truth, slabs
+from cellmap_pipe.evaluation.inputs import as_array, check_pred, check_shapes, check_truth, slabs
 
 
 def score_semantic(pred: Any, truth: Any, mask: Any = None) -> dict[str, Any]:
     """Return the official raw record of a semantic label: tp, fp, fn (voxels) and status.
 
-    pred, truth, mask: arrays (z, y, x), numpy or zarr, read slab by slab. A voxel belongs to the label where it is
-    above 0; `mask` multiplies both. Raises DataError for arrays that cannot be compared.
+    pred, truth, mask: arrays (z, y, x), numpy or zarr, read slab by slab, or nested lists. A voxel belongs to the label
+    where it is above 0; `mask` multiplies both. Raises DataError for arrays that cannot be compared.
     """
+    pred, truth, mask = as_array(pred), as_array(truth), as_array(mask)
     check_shapes(pred, truth, mask)
     # One slab holds whole chunks of every array, so that no chunk is decoded twice
     depths = [array.chunks[0] for array in (pred, truth, mask) if hasattr(array, "chunks")]

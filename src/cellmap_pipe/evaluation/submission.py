@@ -19,7 +19,7 @@ from cellmap_pipe.errors import ContractError, DataError
 from cellmap_pipe.evaluation.alignment import is_instance, match_geometry
 from cellmap_pipe.evaluation.container import ChunkedArray, FolderContainer
 from cellmap_pipe.evaluation.flight import Problem, as_json, check, validate
-from cellmap_pipe.evaluation.manifest import ManifestRow, read_manifest
+from cellmap_pipe.evaluation.manifest import ManifestRow, crops_without_geometry, read_manifest
 from cellmap_pipe.evaluation.rules import PORTAL_NOTE, get_rules
 from cellmap_pipe.files import file_digest, read_json, replacing, write_json
 from cellmap_pipe.geometry import Lattice
@@ -49,15 +49,22 @@ def pack(
     """Write the submission and the report of its flight check.
 
     segment_json: segmentations of the volumes. volumes_csv: the rows to answer; an empty class_label stands for
-    `classes` and whatever else was segmented. Rows without a segmentation are zeros. Groups that were not segmented are
+    `classes` and whatever else was segmented. Rows without a segmentation are zeros; a row without geometry takes that
+    of its volume, and is left out, as a problem, if no volume has one. Groups that were not segmented are
     formed from their parts where these make them up.
     The report: problems and warnings (lines), rows, zero_rows (no voxel set), not_predicted, sha256, size, rules, note.
     Raises ContractError if a segmentation is not what its JSON says.
     """
     segmentations = _segmentations(Path(segment_json))
     labels = sorted({*classes, *(label for record in segmentations.values() for label in record["classes"])})
-    boxes = {crop: Lattice.from_dict(record["target"]) for crop, record in segmentations.items()}
+    boxes = _targets(Path(segment_json)) | {
+        crop: Lattice.from_dict(record["target"]) for crop, record in segmentations.items()
+    }
     rows = read_manifest(volumes_csv, labels, boxes)
+    left_out = [
+        Problem(crop, "no geometry", "neither the table nor a volume has it", "give it in the table; left out")
+        for crop in sorted(crops_without_geometry(volumes_csv) - set(boxes))
+    ]
     zero_rows, not_predicted = [], []
     with (
         replacing(out_zip) as partial,
@@ -76,7 +83,8 @@ def pack(
             if not _write_array(archive, pool, row, read, dtype):
                 zero_rows.append(name)
         logger.info("%s: %d arrays, %d of them empty", out_zip, len(rows), len(zero_rows))
-    problems = [problem for problem in check(str(out_zip), rows, workers=workers) if problem.fault != "all empty"]
+    checked = check(str(out_zip), rows, workers=workers)
+    problems = left_out + [problem for problem in checked if problem.fault != "all empty"]
     write_json(
         report_json,
         {
@@ -105,6 +113,16 @@ def _segmentations(path: Path) -> dict[str, dict[str, Any]]:
             raise ContractError(f"{path}: {crop} is in it twice, as {result[crop]['name']} and {record['name']}")
         result[crop] = {**record, "folder": path.parent / record["path"]}
     return result
+
+
+def _targets(path: Path) -> dict[str, Lattice]:
+    """Return the box of every volume that has one, by crop name, whatever became of the volume."""
+    records = read_json(path, "run again with -R segment")["records"]
+    return {
+        record["name"].rpartition("/")[2]: Lattice.from_dict(record["target"])
+        for record in records
+        if record.get("target")
+    }
 
 
 def _source(record: Mapping[str, Any] | None, row: ManifestRow) -> tuple[Read | None, np.dtype[Any]]:

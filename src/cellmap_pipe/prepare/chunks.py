@@ -40,7 +40,7 @@ from cellmap_pipe.geometry import Lattice
 from cellmap_pipe.prepare.convert import map_isolated
 from cellmap_pipe.prepare.em import read_em
 from cellmap_pipe.prepare.labels import PRESENT, UNKNOWN, UNKNOWN_ROW, decode_table
-from cellmap_pipe.prepare.ngff import Image, chunks_on_disk, read_image
+from cellmap_pipe.prepare.ngff import Image, chunk_files, read_image
 from cellmap_pipe.prepare.quality import KEEP, read_verdicts
 from cellmap_pipe.prepare.resample import lattice_weights
 from cellmap_pipe.prepare.store import FORMAT_VERSION, pack_index
@@ -331,12 +331,12 @@ def _pinned_image(record: Record, settings: ChunkSettings) -> Image:
 
 
 def _em_identity(image: Image, lattice: Lattice) -> dict[str, Any]:
-    """Return what tells that other EM would be read for `lattice`: the level, and which of its chunks are on disk."""
+    """Return what tells that other EM would be read for `lattice`: the level, and name and size of its chunk files."""
     (level,) = image.levels
     weights = lattice_weights(level.lattice, lattice)
-    present = chunks_on_disk(level, [w.start for w in weights], [w.stop for w in weights])
-    packed = np.packbits(present).tobytes().hex()
-    return {"level": Path(level.path).name, "lattice": level.lattice.to_dict(), "chunks": [list(present.shape), packed]}
+    files = chunk_files(level, [w.start for w in weights], [w.stop for w in weights])
+    chunks = [[os.path.relpath(path, level.path), path.stat().st_size] for path in files]
+    return {"level": Path(level.path).name, "lattice": level.lattice.to_dict(), "chunks": chunks}
 
 
 def _em_slabs(image: Image, lattice: Lattice, max_upsample: float) -> Iterator[Array]:

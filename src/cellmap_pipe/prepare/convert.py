@@ -41,7 +41,16 @@ from cellmap_pipe.files import (
 from cellmap_pipe.geometry import Lattice, Vec3, vec3
 from cellmap_pipe.prepare.crops import annotated_classes, read_crops
 from cellmap_pipe.prepare.em import EMBlock, choose_level, read_em
-from cellmap_pipe.prepare.labels import LabelArray, build_label_map, count_states, count_values, encode_table, is_empty
+from cellmap_pipe.prepare.labels import (
+    LabelArray,
+    as_mapping,
+    build_label_map,
+    count_states,
+    count_values,
+    empty_means,
+    encode_table,
+    is_empty,
+)
 from cellmap_pipe.prepare.labels import read_label as _read_label
 from cellmap_pipe.prepare.ngff import Image, Level, chunk_files, read_image
 from cellmap_pipe.prepare.registration import register
@@ -69,9 +78,8 @@ class Settings:
     revision: int = 0
 
     def empty_means(self, crop: str, name: str) -> str:
-        """Return what an all-zero array means, "absent" or "unknown": as set for the crop, else the class, else all."""
-        by_crop, by_class = self.labels.get("empty_by_crop") or {}, self.labels.get("empty_by_class") or {}
-        return str(by_crop.get(crop) or by_crop.get(crop.split("/")[-1]) or by_class.get(name) or self.labels["empty"])
+        """Return what an all-zero array means, "absent" or "unknown"; see `labels.empty_means`."""
+        return empty_means(self.labels, crop, name)
 
 
 def shard_of(crop: str, shards: int) -> int:
@@ -371,7 +379,7 @@ def _warnings(
     found = [f"{pair.replace('+', ' and ')} are both marked in {n} voxels" for pair, n in overlaps.items()]
     found += contradictions
     for label in labels:
-        stated = label.attributes["cellmap"]["annotation"].get("complement_counts") or {}
+        stated = as_mapping(label.attributes["cellmap"]["annotation"].get("complement_counts"))
         for word in ("absent", "unknown"):
             if word in stated and stated[word] != counts[label.name][word]:
                 found.append(f"{label.name}: {counts[label.name][word]} voxels {word}, its metadata say {stated[word]}")

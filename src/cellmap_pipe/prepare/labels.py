@@ -97,15 +97,32 @@ def label_states(values: np.ndarray, attributes: Mapping[str, Any]) -> tuple[np.
 
 
 def unknown_value(attributes: Mapping[str, Any]) -> int | None:
-    """Return the stored value that means unknown, or None if none does."""
+    """Return the stored value that means unknown, or None if none does. Raises DataError if it is not a number."""
     annotation = _annotation(attributes)
-    kind = annotation.get("annotation_type") or {}
+    kind = as_mapping(annotation.get("annotation_type"))
     name = str(annotation.get("class_name"))
     instance = kind["type"] == "instance_segmentation" if "type" in kind else name in CLASSES and CLASSES[name].instance
-    value = (kind.get("encoding") or {}).get("unknown", DEFAULT_UNKNOWN_VALUE)
-    if value is None or (instance and not (annotation.get("complement_counts") or {}).get("unknown")):
+    value = as_mapping(kind.get("encoding")).get("unknown", DEFAULT_UNKNOWN_VALUE)
+    if value is None or (instance and not as_mapping(annotation.get("complement_counts")).get("unknown")):
         return None
-    return int(value)
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        raise DataError(f"annotation_type.encoding.unknown {value!r} is not a number; correct its metadata") from None
+
+
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """Return `value` if it is a mapping, else an empty one: metadata written by others may hold anything."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def empty_means(labels: Mapping[str, Any], crop: str, name: str) -> str:
+    """Return what an all-zero array means, "absent" or "unknown": as set for the crop, else the class, else all.
+
+    labels: `empty`, `empty_by_class`, `empty_by_crop` as configured. crop: `dataset/cropN`.
+    """
+    by_crop, by_class = labels.get("empty_by_crop") or {}, labels.get("empty_by_class") or {}
+    return str(by_crop.get(crop) or by_crop.get(crop.split("/")[-1]) or by_class.get(name) or labels["empty"])
 
 
 def is_empty(label: LabelArray) -> bool:
@@ -349,9 +366,7 @@ class _Group:
 
     def finish(self) -> None:
         """Count the planes that no target voxel has asked for."""
-        depth, step = self.lattice.shape[0], max(1, SLAB_VOXELS // int(np.prod(self.lattice.shape[1:])))
-        while self._counted < depth:
-            self._read(self._counted, min(self._counted + step, depth))
+        self._count_below(self.lattice.shape[0])
 
     def source_counts(self, column: int) -> dict[str, int]:
         """Return the voxels per state of one label, as stored."""
@@ -386,8 +401,15 @@ class _Group:
         states = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), len(self.labels))
         return states, np.array([self._voxels[key] for key in keys], np.int64)
 
+    def _count_below(self, stop: int) -> None:
+        """Count the label planes below `stop` that are not counted yet."""
+        step = max(1, SLAB_VOXELS // int(np.prod(self.lattice.shape[1:])))
+        while self._counted < stop:
+            self._read(self._counted, min(self._counted + step, stop))
+
     def _read(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return codes and states (codes, labels) of the label planes [first, last), counting those not yet counted."""
+        """Return codes and states (codes, labels) of the label planes [first, last), counting all below `last`."""
+        self._count_below(first)
         shape = (last - first, *self.lattice.shape[1:])
         columns = (self._states(i, first, last) for i in range(len(self.labels)))
         codes, rows, voxels = combine(columns, shape, base=3)
@@ -473,6 +495,4 @@ def _atom_matrix(names: Sequence[str]) -> np.ndarray:
 
 
 def _annotation(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    cellmap = attributes.get("cellmap")
-    annotation = cellmap.get("annotation") if isinstance(cellmap, Mapping) else None
-    return dict(annotation) if isinstance(annotation, Mapping) else {}
+    return dict(as_mapping(as_mapping(attributes.get("cellmap")).get("annotation")))

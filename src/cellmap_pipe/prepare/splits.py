@@ -150,13 +150,15 @@ def read_datasplit(path: str | os.PathLike[str], crops: Sequence[Crop]) -> dict[
 
     Rows are those of the challenge's toolbox, without header: "train" or "validate", then paths of which one holds
     `{dataset}.zarr` and one `crop{N}` (one row per crop, or per crop and class); or, with a header, the columns split,
-    dataset and crop (`crop101`, `101`, or `dataset/crop101`). Rows on crops that are not in `crops` are left out.
+    dataset and crop (`crop101`, `101`, or `dataset/crop101`). Numbers of crops may have leading zeros. Rows on crops
+    that are not in `crops` are left out.
     Raises ConfigError naming file and line, or the crop that is on both sides.
     """
     path = Path(path)
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
-            lines = [(i, [cell.strip() for cell in row]) for i, row in enumerate(csv.reader(stream), 1) if any(row)]
+            lines = [(i, [cell.strip() for cell in row]) for i, row in enumerate(csv.reader(stream), 1)]
+            lines = [(i, cells) for i, cells in lines if any(cells)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"folds.datasplit {path}: cannot be read ({error}); correct the path or set null") from error
     header = [cell.lower() for cell in lines[0][1]] if lines else []
@@ -166,11 +168,14 @@ def read_datasplit(path: str | os.PathLike[str], crops: Sequence[Crop]) -> dict[
             raise ConfigError(f"folds.datasplit {path}: has columns {header}; split, dataset and crop are needed")
         lines = lines[1:]
     known = {crop.name for crop in crops}
+    by_number = {_numbered(name): name for name in sorted(known)}
     datasets = {crop.dataset for crop in crops}
     sides: dict[str, int] = {}
     skipped = []
     for number, cells in lines:
         place = f"folds.datasplit {path}, line {number}"
+        if columns and (len(cells) <= max(columns.values()) or any(cells[len(header) :])):
+            raise ConfigError(f"{place}: has {len(cells)} cells, its header {len(header)}; make them agree")
         side = _SIDES.get((cells[columns["split"]] if columns else cells[0]).lower())
         if side is None:
             raise ConfigError(f"{place}: starts with '{cells[0]}'; allowed: train, validate")
@@ -182,6 +187,8 @@ def read_datasplit(path: str | os.PathLike[str], crops: Sequence[Crop]) -> dict[
         crop = _named_crop(wanted, datasets)
         if crop is None:
             raise ConfigError(f"{place}: no dataset and crop found; expected paths with {{dataset}}.zarr and crop{{N}}")
+        if crop not in known:
+            crop = by_number.get(_numbered(crop), crop)
         if crop not in known:
             skipped.append(crop)
         elif sides.setdefault(crop, side) != side:
@@ -242,9 +249,16 @@ def _crops(path: str | os.PathLike[str]) -> list[Crop]:
 def _named_crop(cells: Sequence[str], datasets: set[str]) -> str | None:
     """Return the crop, `dataset/cropN`, that the cells of a row name, or None."""
     names = [match[1] for cell in cells for match in _CROP.finditer(cell)]
-    owners = [match[1] for cell in cells for match in _CONTAINER.finditer(cell)]
+    containers = [match[1] for cell in cells for match in _CONTAINER.finditer(cell)]
+    owners = [name for name in containers if name in datasets]
     owners += [part for cell in cells for part in (cell, cell.split("/")[0]) if part in datasets]
+    owners += containers[-1:]
     return f"{owners[0]}/{names[-1]}" if names and owners else None
+
+
+def _numbered(crop: str) -> str:
+    """Return the crop's name without leading zeros of its number: crop001 is crop1."""
+    return re.sub(r"(?<=/crop)0+(?=[0-9]+$)", "", crop)
 
 
 Table = npt.NDArray[np.int64]

@@ -143,7 +143,7 @@ def class_scores(score_jsons: Sequence[Path], out: Path) -> None:
     if len(sources) <= _MOST_BARS:
         height = 1.4 + len(classes) * (0.14 * len(sources) + 0.12)
         with drawing(out, (11.0, height)) as figure:
-            _score_bars(figure, list(sources), classes, dice, score, clean, empty[0])
+            _score_bars(figure, list(sources), classes, dice, score, clean, np.fmax.reduce(empty))
     else:
         with drawing(out, (3.0 + 0.85 * len(sources), 1.8 + 0.42 * len(classes))) as figure:
             _score_maps(figure, list(sources), classes, dice, score)
@@ -237,23 +237,26 @@ def _score_maps(figure: Figure, sources: list[str], classes: list[str], dice: np
 def ensemble_gain(score_jsons: Sequence[Path], out: Path) -> None:
     """Draw the ensemble against each single model: the overall challenge score and mean Dice, then Dice per class.
 
-    Several folds are averaged over those that the ensemble and the model have both.
+    Several folds are averaged, over those that all sources have, so that each is measured on the same crops.
     """
     sources = _by_source(score_jsons)
     singles = {source: entries for source, entries in sources.items() if source != ENSEMBLE}
     if ENSEMBLE not in sources or not singles:
         write_message(out, "Nothing to compare: the ensemble and at least one model must be scored.")
         return
+    folds = set.intersection(*({entry.fold for entry in entries} for entries in sources.values()))
+    if not folds:
+        write_message(out, "Nothing to compare: no fold is scored for the ensemble and every model.")
+        return
+    shared = {source: [entry for entry in entries if entry.fold in folds] for source, entries in sources.items()}
     occurring = {
         name
-        for entries in sources.values()
+        for entries in shared.values()
         for entry in entries
         for name, value in entry.dice.items()
         if value is not None
     }
-    classes = [name for name in _scored_classes(sources) if name in occurring]
-    folds = {entry.fold for entry in sources[ENSEMBLE]}
-    shared = {source: [entry for entry in entries if entry.fold in folds] for source, entries in sources.items()}
+    classes = [name for name in _scored_classes(shared) if name in occurring]
     labels = ["challenge score", "mean Dice", *classes]
     values = {
         source: [
