@@ -27,6 +27,16 @@ def test_newest_is_read_and_the_last_two_are_kept(tmp_path: Path) -> None:
     assert found["history"] == [{"dice": None}]
 
 
+def test_of_one_step_the_last_is_kept(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, state(1))
+    for value in (2, 3, 3):
+        path = checkpoint.save(tmp_path, 2, state(value))
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert found["step"] == 3
+    assert [entry.name[:13] for entry in sorted(tmp_path.iterdir())] == ["step000000001", path.name[:13]]
+
+
 @pytest.mark.parametrize("damage", ["torn", "flipped", "empty"])
 def test_damaged_one_is_passed_over_for_the_one_before(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture

@@ -84,6 +84,32 @@ def test_what_stands_in_unknown_voxels_does_not_matter() -> None:
         assert loss(logits, torch.where(known > 0, target, nonsense), known) == expected
 
 
+@pytest.mark.parametrize("nonsense", [math.nan, math.inf, -math.inf])
+def test_logits_of_unknown_voxels_do_not_matter(nonsense: float) -> None:
+    logits, target, known = batch(1)
+    loss = build_loss({"deep_supervision": [1]}, 3)
+    spoilt = torch.where(known > 0, logits.detach(), nonsense).requires_grad_()
+    unused = torch.full((2, 3, 2, 2, 2), nonsense, requires_grad=True)
+    value = loss([spoilt, unused], target, known)
+    assert value == loss(logits, target, known)
+    value.backward()
+    assert spoilt.grad is not None
+    assert torch.isfinite(spoilt.grad).all()
+    assert torch.all(spoilt.grad[known == 0] == 0)
+    assert unused.grad is not None
+    assert torch.all(unused.grad == 0)
+
+
+def test_masks_and_targets_broadcast_or_are_refused() -> None:
+    logits, target, known = batch(1)
+    loss = build_loss({}, 3)
+    classes = torch.tensor([[1, 0, 1], [0, 1, 1]]).view(2, 3, 1, 1, 1)
+    assert loss(logits, target, classes) == loss(logits, target, classes.expand_as(logits))
+    assert loss(logits, classes, known) == loss(logits, classes.expand_as(logits), known)
+    with pytest.raises(ValueError, match=r"\(2, 3, 2, 2, 2\) does not broadcast to the logits' \(2, 3, 4, 4, 4\)"):
+        loss(logits, target, known[..., :2, :2, :2])
+
+
 def test_nothing_known_gives_zero_attached_to_the_graph() -> None:
     logits, target, known = batch(2)
     loss = build_loss({"deep_supervision": [1, 0.5]}, 3)([logits, logits[..., ::2, ::2, ::2]], target, 0 * known)
@@ -157,6 +183,26 @@ def test_half_precision_logits_are_added_up_in_single_precision() -> None:
     assert value == loss(half.float(), target, known)
 
 
+def test_passes_add_up_to_the_joint_batch() -> None:
+    logits, target, known = batch(10, (4, 3, 8, 8, 8))
+    known[0, 1:] = 0  # a crop with one annotated class among crops with many
+    target[1, 2] = 0
+    weight = torch.tensor([1.0, 0.3, 0.7, 1.0])
+    loss = build_loss({"class_weights": [1, 2, 5], "deep_supervision": [1, 0.5]}, 3)
+
+    def heads(x: torch.Tensor) -> list[torch.Tensor]:
+        return [x, torch.nn.functional.avg_pool3d(x, 3, 2, 1)]
+
+    joint = loss(heads(logits), target, known, weight)
+    (expected,) = torch.autograd.grad(joint, logits)
+    passes = [slice(0, 1), slice(1, 2), slice(2, 4)]
+    totals = torch.stack([loss.totals(target[part], known[part], weight[part]) for part in passes]).sum(0)
+    values = [loss(heads(logits[part]), target[part], known[part], weight[part], totals) for part in passes]
+    (found,) = torch.autograd.grad(torch.stack(values).sum(), logits)
+    assert float(sum(values).detach()) == pytest.approx(float(joint.detach()), rel=1e-6)  # type: ignore[union-attr]
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+
+
 def test_two_ranks_have_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
     _, target, known = batch(9, (4, 3, 8, 8, 8))
     known[:2, 0] = 0  # what a rank knows differs from what the batch knows
@@ -183,3 +229,14 @@ def test_unknown_preset_or_wrong_number_of_weights_is_refused() -> None:
         build_loss({"loss": "dice"}, 3)
     with pytest.raises(ConfigError, match="2 entries for 3 classes"):
         build_loss({"class_weights": [1, 2]}, 3)
+    with pytest.raises(ConfigError, match="must be finite and not negative"):
+        build_loss({"class_weights": [1, -2, 1]}, 3)
+
+
+def test_no_deep_supervision_is_the_first_output_alone() -> None:
+    logits, target, known = batch(1)
+    heads = [logits, logits[..., ::2, ::2, ::2]]
+    for none in (None, []):
+        assert build_loss({"deep_supervision": none}, 3)(heads, target, known) == build_loss({}, 3)(
+            logits, target, known
+        )

@@ -90,7 +90,8 @@ def test_elsewhere_silence_and_the_end_of_the_job_decide(tmp_path: Path, monkeyp
     assert is_stale(holder(heartbeat=now - 1000), now)
 
 
-def test_torn_owner_file_of_a_crashed_machine_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / "owner.json").write_text("")
+@pytest.mark.parametrize("content", ["", "[]", "{}", json.dumps({"host": socket.gethostname(), "token": "t"})])
+def test_torn_owner_file_of_a_crashed_machine_is_replaced(tmp_path: Path, content: str) -> None:
+    (tmp_path / "owner.json").write_text(content)
     with Owner(tmp_path):
         assert json.loads((tmp_path / "owner.json").read_text())["pid"] == os.getpid()

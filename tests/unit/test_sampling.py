@@ -151,6 +151,17 @@ def test_model_of_some_classes_samples_what_is_known_of_them(store: Store) -> No
     assert 0 < known_fraction(drawing) <= 1
 
 
+def test_known_voxels_that_were_not_sampled_are_looked_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampled = store.positions("set-0/crop0")
+    # the store sampled ecs alone, where nothing else is known
+    monkeypatch.setattr(store, "positions", lambda crop: sampled[sampled[:, 0] == 0])
+    patches = Patches(store, ["set-0/crop0"], ["nuc"], (8, 8, 8))
+    patches.tables[:, :, :3] = UNKNOWN
+    drawing = Sampler(patches, seed=0, centred_fraction=0.5)
+    assert 0 < known_fraction(drawing) <= 1
+    assert (store.label("set-0/crop0")[tuple(drawing._crop_positions(0)[-1].T)] == 3).all()
+
+
 def test_nothing_known_is_an_error(store: Store) -> None:
     with pytest.raises(TrainingError, match="none of the 1 training crops has a known voxel of nuc"):
         Sampler(Patches(store, ["set-1/crop1"], ["nuc"], (8, 8, 8)), seed=0, centred_fraction=0.5)

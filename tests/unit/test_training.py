@@ -29,8 +29,9 @@ from training_case import (
 from cellmap_pipe.errors import ContractError, TrainingError
 from cellmap_pipe.files import read_json
 from cellmap_pipe.prepare.store import Store
-from cellmap_pipe.training import results
+from cellmap_pipe.training import checkpoint, results
 from cellmap_pipe.training.inference import load_model
+from cellmap_pipe.training.loop import Process, StoppedError, StopRequest, Training
 from cellmap_pipe.training.main import choose_device, fold_crops
 from cellmap_pipe.training.optimisation import learning_rate, update_average
 
@@ -212,6 +213,78 @@ def test_changed_settings_set_the_old_run_aside(root: Path) -> None:
     assert len(list(Path(again["run_dir"]).parent.glob("changed.stale-*/best.pt"))) == 1
     assert finish(start({**again, "retrain": True})) == [0], log(again)
     assert len(list(Path(again["run_dir"]).parent.glob("changed.stale-*/best.pt"))) == 2
+
+
+def trainer(request: Request, process: Process) -> Training:
+    """Return the training of a request, in this process."""
+    store = Store(request["index"])
+    folder = Path(request["run_dir"])
+    folder.mkdir(parents=True)
+    return Training(request["settings"], store, ["set-0/crop0", "set-1/crop1"], [], folder, "f", process, None)
+
+
+def alone() -> Process:
+    return Process(0, 1, torch.device("cpu"), StopRequest())
+
+
+def test_accumulated_passes_make_the_step_of_the_joint_batch(root: Path) -> None:
+    gradients = []
+    for batch, accumulate in ((4, 1), (1, 4)):
+        request = write_request(
+            root, f"passes{accumulate}", batch=batch, accumulate=accumulate, max_steps=1, clip=None, ema=False
+        )
+        training = trainer(request, alone())
+        # double precision: in single, rounding grows to 1e-3 on the way back through the normalisations
+        training.network.double().register_forward_pre_hook(lambda _, images: (images[0].double(),))
+        parameters = [parameter for parameter in training.network.parameters() if parameter.requires_grad]
+        training.optimizer.register_step_pre_hook(
+            lambda *_, own=parameters: gradients.append(torch.cat([p.grad.flatten() for p in own]))
+        )
+        training.run()
+    joint, accumulated = gradients
+    assert (accumulated - joint).norm() <= 1e-6 * joint.norm()
+
+
+def test_gradient_that_is_not_finite_ends_the_training_without_a_checkpoint(root: Path) -> None:
+    request = write_request(root, "gradient", max_steps=2, checkpoint_minutes=60)
+    training = trainer(request, alone())
+    next(training.network.parameters()).register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(TrainingError, match=r"at step 1 \(nan for a gradient that is not finite, too\)"):
+        training.run()
+    assert not list(Path(request["run_dir"]).glob("step*.pt"))
+
+
+def test_stop_request_is_seen_before_a_validation(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = trainer(write_request(root, "before"), Process(0, 1, torch.device("cpu"), StopRequest(), 0.0))
+    monkeypatch.setattr(training, "_record_epoch", lambda _: pytest.fail("validated"))
+    with pytest.raises(StoppedError, match="the end of the walltime after step 0"):
+        training.run()
+
+
+def test_signal_after_the_ranks_agreed_stops_none_of_them(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = Process(0, 2, torch.device("cpu"), StopRequest())
+    training = trainer(write_request(root, "agree"), alone())
+    training.process = process
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda *_, **__: setattr(process.stop_requested, "signal", "X")
+    )
+    assert training._agree() is None
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+    assert training._agree() == "X"
+
+
+def test_best_weights_of_an_abandoned_future_are_not_published(whole: Request, tmp_path: Path) -> None:
+    run_dir = Path(whole["run_dir"])
+    state = checkpoint.latest(run_dir)
+    assert state is not None
+    paths = {kind: str(tmp_path / kind) for kind in whole["outputs"]}
+    results.publish(run_dir, state, paths, "tiny", "0")
+    for changed in (
+        {**state, "fingerprint": "other"},
+        {**state, "progress": {**state["progress"], "best_step": state["progress"]["best_step"] - 1}},
+    ):
+        with pytest.raises(TrainingError, match=r"best\.pt: step and fingerprint are .* train again"):
+            results.publish(run_dir, changed, paths, "tiny", "0")
 
 
 def test_loss_that_is_not_finite_ends_the_training_and_names_the_step(root: Path) -> None:

@@ -30,12 +30,17 @@ def to_bytes(state: dict[str, Any]) -> bytes:
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write a checkpoint atomically, delete all but the last two, and return its path. Raises OSError (disk full)."""
+    """Write a checkpoint atomically and return its path. Raises OSError (disk full).
+
+    Deletes all but it and the last one of an earlier step, so that no step has two.
+    """
     data = to_bytes(state)
     path = folder / f"step{step:09d}-{hashlib.sha256(data).hexdigest()[:16]}.pt"
     with replacing(path) as partial:
         partial.write_bytes(data)
-    for old in _candidates(folder)[KEPT:]:
+    others = [old for old in _candidates(folder) if old != path]
+    before = [old for old in others if old.name[:13] != path.name[:13]]
+    for old in set(others) - set(before[: KEPT - 1]):
         old.unlink(missing_ok=True)
     return path
 

@@ -10,6 +10,9 @@ from cellmap_pipe.files import write_json
 
 MODULE = "cellmap_pipe.training.main"
 
+# torchrun kills its processes this long after it passed on a signal, by default 30 s: too soon for a last checkpoint.
+SHUTDOWN_SECONDS = 600
+
 
 def command(request_path: Path, processes: int) -> list[str]:
     """Return the command line that trains: the module itself, or `processes` copies of it under torchrun."""
@@ -34,6 +37,8 @@ def launch(request: Mapping[str, Any], log: str, processes: int, threads: int) -
     write_json(path, {**request, "log": log, "threads": each})
     # OpenMP and MKL read it when torch is imported
     os.environ["OMP_NUM_THREADS"] = str(each)
+    # not the option of that name: versions of torchrun that do not know the variable pass over it
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     sys.stdout.flush()
     sys.stderr.flush()
     arguments = command(path, processes)

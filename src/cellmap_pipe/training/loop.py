@@ -11,7 +11,7 @@ import math
 import resource
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +112,11 @@ class Training:
         patches = Patches(store, training, classes, patch)
         self.sampler = Sampler(patches, seed=settings["seed"], centred_fraction=settings["centred_fraction"])
         self.expander = _expander(patches, process.device)
+        self.datasets = set(patches.datasets)
         self.validation: Validation | None = None
         if validation:
             shown = Patches(store, validation, classes, patch)
+            self.datasets |= set(shown.datasets)
             self.validation = Validation(
                 shown,
                 _expander(shown, process.device),
@@ -153,7 +155,10 @@ class Training:
         self._saved_at = time.monotonic()
 
     def run(self) -> None:
-        """Train to the end. Raises TrainingError for a loss that is not finite, StoppedError if asked to stop."""
+        """Train to the end.
+
+        Raises TrainingError for a loss or gradient that is not finite, StoppedError if asked to stop.
+        """
         progress, settings, process = self.progress, self.settings, self.process
         self._announce()
         loader = Loader(
@@ -174,10 +179,7 @@ class Training:
         self.network.train()
         try:
             while True:
-                if self._epoch_ended() and progress.recorded < progress.step:
-                    self._record_epoch(tensorboard)
-                if progress.finished:
-                    break
+                # before a validation, which may outlast what is left of the walltime
                 if self._epoch_ended() or progress.step >= next_check:
                     stop = self._agree()
                     if stop or self._checkpoint_due():
@@ -187,6 +189,10 @@ class Training:
                             f"stopped by {stop} after step {progress.step}; start it again to go on from there"
                         )
                     next_check = progress.step + self._steps_until_check(meter)
+                if self._epoch_ended() and progress.recorded < progress.step:
+                    self._record_epoch(tensorboard)
+                if progress.finished:
+                    break
                 self._step(batches, meter)
                 if progress.step >= next_check or self._epoch_ended():
                     self._collect_losses()
@@ -199,7 +205,7 @@ class Training:
         self._save(needed=True)
 
     def _step(self, batches: Any, meter: "Meter") -> None:
-        """Make one optimisation step over `accumulate` passes."""
+        """Make one optimisation step over `accumulate` passes, whose losses add up to that of their joint batch."""
         settings, progress = self.settings, self.progress
         step_began, waited = time.perf_counter(), 0.0
         lr = learning_rate(progress.step, settings)
@@ -209,27 +215,61 @@ class Training:
         torch.manual_seed((settings["seed"] * 1_000_003 + progress.step) * 1_009 + self.process.rank)
         turns = settings["accumulate"]
         total = torch.zeros((), device=self.process.device)
-        for turn in range(turns):
+        passes, totals = [], None
+        for _ in range(turns):
             began = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - began
+            # the loader takes its buffers back when it is asked for the next batch
+            passes.append(batch if turns == 1 else _copied(batch, self.process.device))
+        if turns > 1:
+            totals = self._totals(passes)
+        for turn, batch in enumerate(passes):
             last = turn == turns - 1
             quiet = contextlib.nullcontext() if last or self.process.world == 1 else self.trained.no_sync()  # type: ignore[operator]
             with quiet:
-                loss = self._loss(batch) / turns
+                loss = self._loss(batch, totals)
                 loss.backward()
             total += loss.detach()
-        if settings["clip"] is not None:
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings["clip"])
+        # without a limit gradients stay as they are and the norm tells whether they are finite
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.network.parameters(), settings["clip"] if settings["clip"] is not None else math.inf
+        )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         if self.average is not None:
             update_average(self.average, self.network, progress.step)
-        self._pending.append(total)
+        self._pending.append(total + 0.0 * norm)
         meter.add(time.perf_counter() - step_began, waited)
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _totals(self, passes: list[Batch]) -> Tensor:
+        """Return the denominators of the loss of the passes' joint batch on all ranks: labels alone determine them."""
+        parts = []
+        for batch in passes:
+            # as stored: no turn changes what a sample knows
+            target, known = self.expander.states(batch.label, batch.crops)
+            parts.append(self.loss.totals(*self._answers(batch, target, known)))
+        totals = torch.stack(parts).sum(0)
+        if self.process.world > 1:
+            dist.all_reduce(totals)
+        return totals
+
+    def _answers(self, batch: Batch, target: Tensor, known: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return target, known-mask and weight of what the outputs are compared with.
+
+        A mixed sample answers for both of its labels, each with its own known-mask: the union of the masks would teach
+        that what is unknown in one of them is absent.
+        """
+        if not batch.mixed:
+            return target, known, None
+        labels = list(range(batch.size)) + [partner for _, partner, _ in batch.mixed]
+        weight = torch.ones(len(labels), device=target.device)
+        for number, (row, _, share) in enumerate(batch.mixed):
+            weight[row], weight[batch.size + number] = share, 1 - share
+        return target[labels], known[labels], weight
+
+    def _loss(self, batch: Batch, totals: Tensor | None) -> Tensor:
         device = self.process.device
         image = turned(batch.image.to(device), batch.variations)
         label = turned(batch.label.to(device), batch.variations)
@@ -237,18 +277,15 @@ class Training:
         target, known = self.expander.states(label, batch.crops)
         for row, partner, share in batch.mixed:
             image[row].mul_(share).add_(image[partner], alpha=1 - share)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
+        with self._autocast():
             outputs = self.trained(image[: batch.size])
-        if not batch.mixed:
-            return self.loss(outputs, target, known)
-        # A mixed sample answers for both of its labels, each with its own known-mask: the union of the masks would
-        # teach that what is unknown in one of them is absent.
-        rows = list(range(batch.size)) + [row for row, _, _ in batch.mixed]
-        labels = list(range(batch.size)) + [partner for _, partner, _ in batch.mixed]
-        weight = torch.ones(len(rows), device=device)
-        for number, (row, _, share) in enumerate(batch.mixed):
-            weight[row], weight[batch.size + number] = share, 1 - share
-        return self.loss([output[rows] for output in outputs], target[labels], known[labels], weight)
+        if batch.mixed:
+            rows = list(range(batch.size)) + [row for row, _, _ in batch.mixed]
+            outputs = [output[rows] for output in outputs]
+        return self.loss(outputs, *self._answers(batch, target, known), totals)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.process.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
     def _distributed(self) -> nn.Module:
         """Return the network as it is called in training: itself, or compiled, or wrapped for several processes."""
@@ -257,15 +294,18 @@ class Training:
             settings, device = self.settings, self.process.device
             example = torch.zeros((settings["batch"], 1, *settings["patch"]), device=device)
             self.network.train()
-            freeze_unused(self.network, example)
+            with self._autocast():  # as in training: without it these passes may need more memory than any step
+                freeze_unused(self.network, example)
             trained = DistributedDataParallel(
                 self.network, device_ids=[device.index] if device.type == "cuda" else None
             )
             # It sorts its gradient buckets anew after the first backward pass, and with them the order of additions:
             # a pass without effect puts a resumed training into the same order as an uninterrupted one.
-            with unchanged_buffers(self.network):
+            with unchanged_buffers(self.network), self._autocast():
                 backward_of_nothing(trained, example)
             self.network.zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
         if self.settings["compile"] and self.process.device.type == "cuda":
             trained = torch.compile(trained)  # type: ignore[assignment]
         return trained
@@ -277,7 +317,10 @@ class Training:
         return step % self.settings["steps_per_epoch"] == 0 or step >= self.settings["max_steps"]
 
     def _collect_losses(self) -> None:
-        """Add the pending losses, averaged over ranks, to the progress. Raises TrainingError if one is not finite."""
+        """Add the pending losses, averaged over ranks, to the progress. Raises TrainingError if one is not finite.
+
+        A gradient that is not finite made its step's loss nan.
+        """
         if not self._pending:
             return
         losses = torch.stack(self._pending)
@@ -289,8 +332,8 @@ class Training:
         for step, loss in enumerate(losses.tolist(), first):
             if not math.isfinite(loss):
                 raise TrainingError(
-                    f"the loss is {loss} at step {step}; the last good checkpoint is kept in {self.run_dir}. "
-                    "Lower train.lr or train.clip and train again"
+                    f"the loss is {loss} at step {step} (nan for a gradient that is not finite, too); "
+                    f"the last good checkpoint is kept in {self.run_dir}. Lower train.lr or train.clip and train again"
                 )
             self.progress.loss_sum += loss
             self.progress.loss_steps += 1
@@ -308,10 +351,12 @@ class Training:
             progress.untrained = scores.mean_dice
             return
         mean = scores.mean_dice
+        kept = False
         if mean is not None:
             if progress.best is None or mean > progress.best:
                 progress.best, progress.best_step, progress.since_best = mean, progress.step, 0
                 self._keep_best(scores)
+                kept = True
             else:
                 progress.since_best += 1
         if settings["patience"] is not None and progress.since_best >= settings["patience"]:
@@ -319,6 +364,7 @@ class Training:
         if at_end and progress.best is None:  # no validation, or none with positive voxels: the last weights it is
             progress.best_step = progress.step
             self._keep_best(scores)
+            kept = True
         progress.finished = at_end
         row = {
             "step": progress.step,
@@ -329,6 +375,8 @@ class Training:
         }
         progress.history.append(row)
         progress.loss_sum, progress.loss_steps = 0.0, 0
+        if kept:  # a training that resumes before these weights might never make them again
+            self._save()
         if tensorboard is not None:
             for name in ("loss", "lr", "mean_dice"):
                 if row[name] is not None:
@@ -353,7 +401,9 @@ class Training:
                 "classes": list(settings["classes"]),
                 "grid": settings["grid"],
                 "voxel_nm": self.store.voxel_nm if isinstance(self.store.voxel_nm, str) else list(self.store.voxel_nm),
-                "normalisation": {name: list(limits) for name, limits in self.store.normalisation.items()},
+                "normalisation": {
+                    name: list(limits) for name, limits in self.store.normalisation.items() if name in self.datasets
+                },
                 "patch": list(settings["patch"]),
                 "step": self.progress.step,
                 "fingerprint": self.fingerprint,
@@ -363,7 +413,6 @@ class Training:
 
     def _agree(self) -> str | None:
         """Return why the ranks stop now, or None: a signal to any of them, or the walltime of the first."""
-        reasons = [None, "the end of the walltime", "a signal"]
         code = 0
         if self.process.deadline is not None and not self.process.rank and time.monotonic() > self.process.deadline:
             code = 1
@@ -373,7 +422,10 @@ class Training:
             shared = torch.tensor(code, device=self.process.device)
             dist.all_reduce(shared, op=dist.ReduceOp.MAX)
             code = int(shared)
-        return self.process.stop_requested.signal or reasons[code]
+        # by the code that all ranks share: a signal that comes only now must not stop this one alone
+        if not code:
+            return None
+        return (self.process.stop_requested.signal or "a signal") if code == 2 else "the end of the walltime"
 
     def _steps_until_check(self, meter: "Meter") -> int:
         """Return after how many steps the ranks compare notes again: what fits into a second, by the first's clock."""
@@ -507,6 +559,10 @@ def begin_with(network: nn.Module, path: str) -> None:
 
 def _expander(patches: Patches, device: torch.device) -> Expander:
     return Expander(patches.tables, [patches.store.normalisation[dataset] for dataset in patches.datasets], device)
+
+
+def _copied(batch: Batch, device: torch.device) -> Batch:
+    return replace(batch, image=batch.image.to(device, copy=True), label=batch.label.to(device, copy=True))
 
 
 def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -190,10 +190,11 @@ def _log_to(path: str, rank: int) -> None:
 def _report(error: Exception, request: Mapping[str, Any], rank: int, terminal: int) -> None:
     """Append the traceback and the one `ERROR` line to the log; the line goes to the terminal, too.
 
-    When one rank fails the others lose their connection to it; those wait for its line and then add none.
+    What stops one rank stops the others, by the same error or a lost connection; those wait for its line and then add
+    none.
     """
     path = Path(request["log"])
-    if rank and not isinstance(error, TrainingError | ConfigError):
+    if rank:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         time.sleep(3)

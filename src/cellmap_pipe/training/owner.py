@@ -45,14 +45,14 @@ class Owner:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while not self._create():
             holder = _read(self.path)
-            if holder is None:  # released between the attempt and the look at it, or torn by a crash of the machine
+            if holder == {}:  # torn by a crash of the machine, or not yet seen whole on a network's filesystem
                 time.sleep(0.5)
-                if _read(self.path) is None:
-                    self.path.unlink(missing_ok=True)
+                holder = _read(self.path)
+            if holder is None:  # released between the attempt and the look at it
                 continue
             if not is_stale(holder, time.time()):
                 raise TrainingError(
-                    f"{self.path.parent} is in use by process {holder['pid']} on {holder['host']}"
+                    f"{self.path.parent} is in use by process {holder.get('pid')} on {holder.get('host')}"
                     + (f", Slurm job {holder['job']}" if holder.get("job") else "")
                     + "; wait for it or end it (a dead one is recognised by itself)"
                 )
@@ -124,9 +124,11 @@ def is_stale(holder: dict[str, Any], now: float) -> bool:
     On this host its process is looked for (number and start time: numbers repeat). Elsewhere its heartbeat must be old
     and its Slurm job gone; where there is no job to ask for, a quarter of an hour of silence decides.
     """
-    silence = now - float(holder.get("heartbeat", 0))
+    heartbeat = holder.get("heartbeat")
+    silence = now - (heartbeat if isinstance(heartbeat, int | float) else 0.0)
     if holder.get("host") == socket.gethostname():
-        return _start_ticks(int(holder["pid"])) != holder.get("started")
+        pid = holder.get("pid")
+        return not isinstance(pid, int) or _start_ticks(pid) != holder.get("started")
     if silence < OLD_SECONDS:
         return False
     ended = _job_ended(holder.get("job"))
@@ -158,8 +160,11 @@ def _start_ticks(pid: int) -> int | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """Return the file's content: None if there is no file, {} for one torn by a crash of the machine."""
     try:
         holder = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+    except FileNotFoundError:
         return None
-    return holder if isinstance(holder, dict) else None
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}

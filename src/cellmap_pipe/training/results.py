@@ -72,12 +72,21 @@ def set_aside(run_dir: Path) -> Path:
 def publish(run_dir: Path, state: Mapping[str, Any], outputs: Mapping[str, str], model: str, fold: str) -> None:
     """Write model.pt, history.csv and metrics.json, in this order, from a finished run directory.
 
-    state: its last checkpoint. Raises TrainingError if the best weights are missing.
+    state: its last checkpoint. Raises TrainingError if the best weights are missing or of another training.
     """
     best = run_dir / BEST
     if not best.is_file():
         raise TrainingError(f"{best}: missing although the training finished; rename {run_dir} and train again")
     contents = checkpoint.read_model(best, f"rename {run_dir} and train again")
+    found, expected = (
+        (contents["step"], contents["fingerprint"]),
+        (state["progress"]["best_step"], state["fingerprint"]),
+    )
+    if found != expected:
+        raise TrainingError(
+            f"{best}: step and fingerprint are {found}, but the last checkpoint's best are {expected}; "
+            f"rename {run_dir} and train again"
+        )
     with replacing(outputs["weights"]) as partial:
         shutil.copyfile(best, partial)
     write_text(outputs["history"], history_csv(state["progress"]["history"], contents["classes"]))

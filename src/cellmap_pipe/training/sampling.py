@@ -22,6 +22,9 @@ POSITION, AUGMENTATION, PARTNER, PARTNER_AUGMENTATION = range(4)
 # Patches are centred on the drawn voxel up to this share of the patch size, so that it is not always in the middle.
 JITTER = 0.25
 
+# As many voxels of a crop are looked up where the store's sampled positions hold none that the model knows.
+MOST_POSITIONS = 4096
+
 
 def generator(seed: int, step: int, index: int, purpose: int) -> np.random.Generator:
     """Return the random numbers of one sample for one purpose: a counter-based stream (Philox) of its own.
@@ -154,16 +157,15 @@ class Sampler:
             name = self.patches.crops[crop]
             stored = self.patches.store.positions(name)
             known = stored[stored[:, 0] == -1, 1:]
-            if len(self.patches.columns) < len(self.patches.store.classes):
-                # known for some class of the store is not yet known for one of the model's
-                rows = self.patches.store.label(name)[tuple(known.T)]
-                known = known[(self.patches.tables[crop][:, rows] != UNKNOWN).any(axis=0)]
+            some = len(self.patches.columns) < len(self.patches.store.classes)
+            if some:  # known for some class of the store is not yet known for one of the model's
+                known = self._known_to_model(crop, stored[:, 1:])
             found = {
                 column: stored[stored[:, 0] == stored_column, 1:]
                 for column, stored_column in enumerate(self.patches.columns)
             }
             found = {column: voxels for column, voxels in found.items() if len(voxels)}
-            found[-1] = np.concatenate([known, *found.values()])
+            found[-1] = known if some else np.concatenate([known, *found.values()])
             if not len(found[-1]):
                 raise TrainingError(
                     f"{self.patches.store.path}: crop {name} has known voxels but no sampled position of them; "
@@ -171,6 +173,20 @@ class Sampler:
                 )
             self._positions[crop] = found
         return self._positions[crop]
+
+    def _known_to_model(self, crop: int, sampled: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """Return those of the sampled voxels (n, 3) that are known for a class of the model.
+
+        If there are none, up to MOST_POSITIONS voxels at equal intervals in the order of all such voxels of the crop.
+        """
+        label = self.patches.store.label(self.patches.crops[crop])
+        known_rows = (self.patches.tables[crop] != UNKNOWN).any(axis=0)
+        found = sampled[known_rows[label[tuple(sampled.T)]]]
+        if len(found):
+            return found
+        every = np.flatnonzero(known_rows[label])
+        some = every[np.linspace(0, len(every) - 1, min(len(every), MOST_POSITIONS)).astype(np.intp)]
+        return np.stack(np.unravel_index(some, label.shape), axis=1).astype(np.int32)
 
 
 @dataclass(frozen=True)
