@@ -319,3 +319,13 @@ def test_sources_are_compared_over_the_folds_that_all_have(tmp_path):
 def test_ensemble_without_models_says_that_there_is_nothing_to_compare(tmp_path):
     ensemble_gain([score_file(tmp_path / "e.json", "ensemble", "0", {"pm": 0.5})], tmp_path / "gain.svg")
     assert (tmp_path / "gain.svg").stat().st_size > 1000
+
+
+def test_bars_fill_the_figure_although_no_artefact_is_marked(tmp_path):
+    files = [score_file(tmp_path / f"{name}.json", name, "0", {"pm": 0.9, "nuc": 0.8}) for name in ("a", "b")]
+    class_scores(files, tmp_path / "classes.png")
+    picture = pixels(tmp_path / "classes.png")
+    coloured = np.ptp(picture, axis=-1) > 80
+    columns = np.flatnonzero(coloured.any(axis=0))
+    assert coloured.mean() > 0.1
+    assert np.ptp(columns) > 0.8 * picture.shape[1]

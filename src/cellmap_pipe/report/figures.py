@@ -194,7 +194,10 @@ def _score_bars(
         "linestyle": "none",
         "clip_on": False,
     }
-    panels[1].plot(clean[artefact], centres[artefact], **diamonds, label="by the rules 'clean', where far from it")
+    (marks,) = panels[1].plot(
+        clean[artefact], centres[artefact], **diamonds, label="by the rules 'clean', where far off"
+    )
+    marks.set_in_layout(False)  # without any mark its extent is the figure's corner, and the layout would reach for it
     panels[1].vlines(empty, rows - 0.42, rows + 0.42, color="black", linewidth=1.6, label="nothing marked")
     panels[0].set(title="Dice", xlabel="Dice over known voxels (no unit)", ylabel="class")
     panels[1].set(title="Challenge score", xlabel="IoU, or instance score where marked * (no unit)")
