@@ -7,6 +7,7 @@ larger than memory.
 import json
 import os
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from itertools import product
@@ -20,22 +21,22 @@ from cellmap_pipe.errors import DataError
 from cellmap_pipe.files import digest, file_digest, read_json
 
 
-class Container:
+class Container(ABC):
     """The files of a submission by name, `/` between folders; see `open_container`."""
 
     path: str
 
+    @abstractmethod
     def read(self, name: str) -> bytes | None:
         """Return the bytes of a file, None if there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def children(self, folder: str) -> list[str]:
         """Return the sorted names of files and folders directly in `folder` ("" is the root)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def files(self, folder: str) -> Iterator[tuple[str, int]]:
         """Yield name and stored size of every file below `folder`, in sorted order."""
-        raise NotImplementedError
 
     def digest(self) -> str:
         """Return a SHA-256: of the zip file, or of the names and sizes of the files of a folder."""
