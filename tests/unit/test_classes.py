@@ -1,12 +1,10 @@
-import csv
-from pathlib import Path
-
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cellmap_pipe.classes import CLASSES, TESTED, contains, derivable, disjoint, get_class, parts_of, score_ceiling
 from cellmap_pipe.errors import ConfigError
 
-MANIFESTS = Path(__file__).parents[2] / ".." / "shared" / "data" / "manifests"
 FOURTEEN = (
     "ecs pm mito_mem mito_lum mito_ribo golgi_mem golgi_lum ves_mem ves_lum endo_mem endo_lum er_mem er_lum nuc".split()
 )
@@ -17,14 +15,6 @@ def test_48_classes_are_tested_ten_of_them_by_instance():
     assert sorted(n for n in TESTED if CLASSES[n].instance) == sorted(
         "nuc ves endo lyso ld perox mito np mt cell".split()
     )
-
-
-@pytest.mark.skipif(not MANIFESTS.is_dir(), reason=f"{MANIFESTS} is not there")
-def test_names_and_ids_are_the_challenges():
-    with open(MANIFESTS / "classes.csv", newline="") as stream:
-        table = {row[0]: int(row[1]) for row in csv.reader(stream)}
-    assert {name: entry.id for name, entry in CLASSES.items()} == table
-    assert set(TESTED) == set((MANIFESTS / "tested_classes.csv").read_text().split())
 
 
 def test_ids_are_unique_and_atoms_are_ids():
@@ -66,3 +56,37 @@ def test_an_unknown_class_is_answered_with_the_nearest_name():
         get_class("mito_men")
     with pytest.raises(ConfigError, match="known: ecs, pm"):
         get_class("zzzzzz")
+
+
+NAMES = st.sampled_from(list(CLASSES))
+many = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+@many
+@given(NAMES, NAMES, NAMES)
+def test_relations_are_those_of_sets_of_atoms(a, b, c):
+    assert disjoint(a, b) == disjoint(b, a)
+    assert not (disjoint(a, b) and (contains(a, b) or contains(b, a)))
+    assert not (contains(a, b) and contains(b, a))
+    if contains(a, b):
+        assert not get_class(a).is_atom
+        assert contains(a, c) or not contains(b, c)
+        assert disjoint(b, c) or not disjoint(a, c)
+
+
+@many
+@given(NAMES, st.sets(NAMES))
+def test_a_derivable_group_is_the_union_of_its_parts(group, names):
+    ordered = [name for name in CLASSES if name in names]
+    parts = parts_of(group, ordered)
+    assert parts == [name for name in ordered if contains(group, name)]
+    union = frozenset().union(*(CLASSES[name].atoms for name in parts))
+    assert derivable(group, ordered) == (union == CLASSES[group].atoms)
+    assert 0 <= score_ceiling(names) <= 1
+
+
+def test_every_group_is_the_union_of_the_atoms_in_it():
+    atoms = [name for name, entry in CLASSES.items() if entry.is_atom]
+    groups = [name for name in CLASSES if name not in atoms]
+    assert len(atoms) == 53 and len(groups) == 21
+    assert all(derivable(group, atoms) and len(parts_of(group, atoms)) == len(CLASSES[group].atoms) for group in groups)

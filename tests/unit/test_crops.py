@@ -37,11 +37,23 @@ def test_the_table_has_a_row_per_crop_with_its_geometry(data, tmp_path):
         "em": "jrc_a/jrc_a.zarr/em",
         "labels": "jrc_a/jrc_a.zarr/gt/crop9",
         "annotated": "ecs;pm",
+        "masks": "",
         "voxel_nm": "4;4;4",
         "translation_nm": "-2;-2;0.5",
         "shape": "4;4;4",
         "problem": "",
     }
+
+
+def test_masks_are_listed_beside_their_classes_not_as_classes(data, tmp_path, ngff):
+    crop = tmp_path / "data/jrc_a/jrc_a.zarr/gt/crop9"
+    before = data_listing(data)
+    for name in ("pm_mask", "nuc_mask"):
+        ngff(crop / name, ONES, (4, 4, 4), (-2, -2, 0.5))
+    write_crops(data, tmp_path / "crops.csv")
+    row = read_crops(tmp_path / "crops.csv")[0]
+    assert (row["annotated"], row["masks"]) == ("ecs;pm", "pm")  # nuc has no array that it could mask
+    assert annotated_classes(crop) == ["ecs", "pm"] and data_listing(data) != before
 
 
 def table(path, *rows):

@@ -110,6 +110,27 @@ def test_records_are_those_of_the_original_labels_with_unknown_voxels_masked(fol
     assert result["ceiling"] == score_ceiling(CLASSES)
 
 
+def test_masked_voxels_count_nowhere(fold, ngff):
+    path, _ = fold
+    before = {(r["crop"], r["label"]): r for r in evaluate(fold)["records"]}
+    mask = np.ones(SHAPE, np.uint8)
+    mask[8:] = 0
+    labels = path / "data/jrc_x/jrc_x.zarr/labels/crop1"
+    ngff(labels / "er_mask", mask, VOXEL, TRANSLATION)
+    zarr.create_array(labels / "mito_mask", data=mask, zarr_format=2)
+    after = {(r["crop"], r["label"]): r for r in evaluate(fold)["records"]}
+    assert set(after) == set(before)
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {("jrc_x/crop1", "er"), ("jrc_x/crop1", "mito")}
+    truth, answer = truth_of(1), answer_of(1)
+    known = (truth["er"] != 255) & (mask > 0)
+    expected = score_semantic(answer["er"], truth["er"], known)
+    assert {key: after["jrc_x/crop1", "er"][key] for key in expected} == expected
+    assert after["jrc_x/crop1", "er"]["known_voxels"] == known.sum()
+    expected = score_instance(answer["mito"], np.where(mask, truth["mito"], 0), VOXEL, mask > 0)
+    assert {key: after["jrc_x/crop1", "mito"][key] for key in expected} == expected
+
+
 def test_mean_dice_is_over_classes_that_are_present(fold):
     result = evaluate(fold, workers=2)
     assert result["dice"]["mito_mem"] is None

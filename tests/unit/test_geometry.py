@@ -1,11 +1,15 @@
 import math
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cellmap_pipe.errors import GeometryError
 from cellmap_pipe.geometry import Lattice, gap_nm, nearest_grid, nearest_level, vec3
+from cellmap_pipe.prepare.em import read_em
+from cellmap_pipe.prepare.labels import PRESENT, UNKNOWN, build_label_map, read_label, resample_ids
+from cellmap_pipe.prepare.ngff import read_image
 
 SIZES = st.sampled_from([1.62, 1.74, 2.0, 2.62, 4.0, 5.24, 8.0, 16.0, 32.0, 47.5])
 VOXELS = st.tuples(SIZES, SIZES, SIZES)
@@ -100,3 +104,86 @@ def test_the_nearest_grid_is_nearest_by_ratio():
     assert nearest_grid(grids, (4, 4, 4)) == "8nm"
     assert nearest_grid(grids, (64, 64, 64)) == "32nm"
     assert nearest_grid(grids, (16, 16, 16)) == "8nm"  # equally near: the finer
+
+
+# --- from the world to the disk and back: one object at a known place, in EM and labels of any voxel size
+
+EM_VOXELS = [(4, 4, 4), (5.24, 4, 4), (3.48, 4, 4), (8, 8, 8), (16, 16, 16)]
+LABEL_VOXELS = [(2, 2, 2), (2.62, 2, 2), (1.74, 2, 2), (4, 4, 4), (8, 8, 8), (16, 16, 16), (8, 16, 16), (32, 32, 32)]
+GRIDS = ["native", (4, 4, 4), (8, 8, 8), (6, 4, 5), (16, 16, 16), (32, 32, 32)]
+SIDE = 200  # nm of the label box
+MAX_UPSAMPLE = 8
+
+
+def box_of(side, voxel, start):
+    """Return the lattice of about `side` nm whose lower edge is at `start`; shapes are even for the pyramid."""
+    shape = [max(4, 4 * round(length / v / 4)) for length, v in zip(side, voxel, strict=True)]
+    return Lattice(voxel, [a + v / 2 for a, v in zip(start, voxel, strict=True)], shape)
+
+
+def painted(lattice, lower, upper, value):
+    """Return `value` in the voxels whose centre lies in the world box, by translation + i * voxel alone."""
+    volume = np.full(lattice.shape, value, np.uint8)
+    for axis in range(3):
+        at = lattice.translation_nm[axis] + np.arange(lattice.shape[axis]) * lattice.voxel_nm[axis]
+        keep = (at >= lower[axis] - 1e-6) & (at < upper[axis] - 1e-6)
+        volume *= keep.astype(np.uint8).reshape([-1 if k == axis else 1 for k in range(3)])
+    return volume
+
+
+def centre_of_mass(volume, lattice):
+    """Return the centre of mass in nm."""
+    total = volume.sum(dtype=float)
+    index = [(volume.sum(axis=tuple({0, 1, 2} - {k}), dtype=float) * np.arange(n)).sum() / total
+             for k, n in enumerate(volume.shape)]  # fmt: skip
+    return np.array([t + i * v for t, i, v in zip(lattice.translation_nm, index, lattice.voxel_nm, strict=True)])
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(EM_VOXELS),
+    st.sampled_from(LABEL_VOXELS),
+    st.sampled_from(GRIDS),
+    st.tuples(*[st.floats(0, 1)] * 3),
+    st.tuples(*[st.floats(-20, 20)] * 3),
+    st.sampled_from([-60, -13, 60]),
+)
+def test_an_object_is_found_where_it_was_painted(tmp_path_factory, ngff, em_voxel, voxel, grid, at, offset, margin):
+    """margin: nm by which the EM is larger than the label box on each side; smaller if negative."""
+    folder, origin = tmp_path_factory.mktemp("world"), np.array([23837.13, -7599, 400012])
+    source = box_of([SIDE] * 3, voxel, origin)
+    em_lattice = box_of([SIDE + 2 * margin] * 3, em_voxel, origin - margin + offset)
+    target_voxel = voxel if grid == "native" else grid
+    assume(all(max(v, e) <= MAX_UPSAMPLE * t for v, e, t in zip(voxel, em_voxel, target_voxel, strict=True)))
+    target = Lattice.covering(source.lower_nm, source.upper_nm, target_voxel)
+
+    # twice the largest voxel involved: at least one voxel of each lattice lies wholly inside the object
+    size = 2 * np.max([target_voxel, voxel, em_voxel], axis=0)
+    room_lower = np.max([source.lower_nm, em_lattice.lower_nm, target.lower_nm], axis=0)
+    room_upper = np.min([source.upper_nm, em_lattice.upper_nm, target.upper_nm], axis=0)
+    assume((room_upper - room_lower > 1.5 * size).all())
+    centre = room_lower + size * 0.75 + np.array(at) * (room_upper - room_lower - 1.5 * size)
+    truth, em_truth = (painted(part, centre - size / 2, centre + size / 2, 1) for part in (source, em_lattice))
+    for part, volume in ((source, truth), (em_lattice, em_truth)):
+        assert (np.abs(centre_of_mass(volume, part) - centre) <= 0.5 * np.array(part.voxel_nm) + 1e-6).all()
+    em_path = ngff(folder / "em", 250 * em_truth, em_voxel, em_lattice.translation_nm, levels=3, chunks=(32, 32, 32))
+    label = read_label(ngff(folder / "nuc", truth, voxel, source.translation_nm, chunks=(32, 32, 32)))
+
+    em = read_em(read_image(em_path), target, max_upsample=MAX_UPSAMPLE)
+    result = build_label_map([label], target, ["nuc"], valid=em.valid, max_upsample=MAX_UPSAMPLE)
+    states = result.table[result.rows][..., 0]
+    ids = np.concatenate([part for _, _, part in resample_ids(label, target)])
+    half = 0.5 * np.array(target_voxel)
+    assert (np.abs(centre_of_mass(em.image, target) - centre_of_mass(em_truth, em_lattice)) <= half + 1e-3).all()
+    for found in (states == PRESENT, ids):
+        assert (np.abs(centre_of_mass(found, target) - centre_of_mass(truth, source)) <= half + 1e-3).all()
+    volume_nm = np.prod(target_voxel) * np.count_nonzero(states == PRESENT)
+    assert 0.4 < volume_nm / (truth.sum() * np.prod(voxel)) < 2.5  # twice the scale would be 8 times the volume
+    # what is known ends where EM or label box end; a coarse level may lack the EM's last planes
+    known = np.argwhere(states != UNKNOWN)
+    lower, upper = (np.array(target.world_of(index)) for index in (known.min(axis=0), known.max(axis=0)))
+    lacking = 3 * np.array(em_voxel) * (np.array(em.factors) * em_voxel < np.array(target_voxel) - 1e-6)
+    assert (np.abs(lower - half - np.max([source.lower_nm, em_lattice.lower_nm], axis=0)) <= half + 1e-3).all()
+    assert (
+        np.abs(upper + half - np.min([source.upper_nm, em_lattice.upper_nm], axis=0)) <= half + lacking + 1e-3
+    ).all()

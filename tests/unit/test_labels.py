@@ -1,11 +1,13 @@
+import tracemalloc
 from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import zarr
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cellmap_pipe.classes import CLASSES, contains, disjoint
+from cellmap_pipe.classes import CLASSES, TESTED, contains, disjoint
 from cellmap_pipe.errors import DataError, GeometryError
 from cellmap_pipe.geometry import Lattice
 from cellmap_pipe.prepare import labels as labels_module
@@ -15,15 +17,19 @@ from cellmap_pipe.prepare.labels import (
     TIED,
     UNKNOWN,
     UNKNOWN_ROW,
+    LabelReader,
     build_label_map,
     combine,
+    count_ids,
     count_states,
     decode_table,
+    empty_means,
     encode_table,
     infer_states,
     is_empty,
     label_states,
     read_label,
+    resample_ids,
     settle_ties,
     standard_rows,
 )
@@ -65,6 +71,26 @@ def test_missing_metadata_leave_the_kind_to_the_class():
     assert label_states(values, annotation(name="pm"))[0].tolist() == [ABSENT, UNKNOWN]
     assert label_states(values, annotation(name="mito"))[0].tolist() == [ABSENT, PRESENT]
     assert label_states(values, {})[0].tolist() == [ABSENT, UNKNOWN]
+
+
+def test_a_semantic_array_of_an_instance_class_keeps_255_for_unknown():
+    assert label_states(np.array([2, 255], np.uint8), annotation("semantic", "mito"))[0].tolist() == [PRESENT, UNKNOWN]
+    assert label_states(np.array([2, 255], np.uint8), annotation("instance", "pm"))[0].tolist() == [PRESENT, PRESENT]
+
+
+def test_counts_and_encoding_may_stand_at_the_array_or_at_its_group(tmp_path, ngff):
+    values = np.array([0, 1, 255, 256], np.uint16).reshape(1, 1, 4)
+    stated = annotation("instance", "vim", absent=1, unknown=1)["cellmap"]["annotation"]
+    ngff(tmp_path / "vim", values, (4, 4, 4), (0, 0, 0), annotation=stated)
+    assert label_states(values, read_label(tmp_path / "vim").attributes)[0].ravel().tolist() == [0, 1, 2, 1]
+    (tmp_path / "vim" / "s0" / ".zattrs").unlink()  # as in crop247
+    assert label_states(values, read_label(tmp_path / "vim").attributes)[0].ravel().tolist() == [0, 1, 2, 1]
+    array = read_label(ngff(tmp_path / "array" / "vim", values, (4, 4, 4), (0, 0, 0), annotation=stated))
+    (tmp_path / "array/vim/.zattrs").write_text((tmp_path / "vim/.zattrs").read_text().replace("cellmap", "other"))
+    assert read_label(tmp_path / "array/vim").attributes == array.attributes
+    del stated["complement_counts"]
+    ngff(tmp_path / "without" / "vim", values, (4, 4, 4), (0, 0, 0), annotation=stated)
+    assert label_states(values, read_label(tmp_path / "without/vim").attributes)[0].ravel().tolist() == [0, 1, 1, 1]
 
 
 def test_another_unknown_value_is_taken_from_the_encoding():
@@ -145,26 +171,54 @@ def test_only_unknown_voxels_of_an_annotated_class_are_filled():
     assert states_of({"pm": ABSENT, "ecs": UNKNOWN}, ["pm", "ecs"]) == {"pm": 0, "ecs": UNKNOWN}
 
 
-def worlds_allow(own, name):
-    """Reference: the states of `name` in all worlds of one atom per voxel that agree with what is known."""
-    atoms = [entry.id for entry in CLASSES.values() if entry.is_atom]
-    fits = [a for a in atoms if all(s == UNKNOWN or (a in CLASSES[n].atoms) == (s == PRESENT) for n, s in own.items())]
-    return {a in CLASSES[name].atoms for a in fits}
+ATOMS = {name: entry.atoms for name, entry in CLASSES.items()}
+EVERY_ATOM = frozenset().union(*ATOMS.values())
+
+
+def plain_states(own, classes):
+    """The rules of one voxel, class by class: its own array, then what lies inside it, then which atoms can be."""
+    can_be = set(EVERY_ATOM)
+    for name, state in own.items():
+        can_be &= ATOMS[name] if state == PRESENT else EVERY_ATOM - ATOMS[name] if state == ABSENT else EVERY_ATOM
+    result = []
+    for name in classes:
+        if own.get(name, UNKNOWN) != UNKNOWN:
+            result.append(own[name])
+        elif any(state == PRESENT and ATOMS[part] < ATOMS[name] for part, state in own.items()):
+            result.append(PRESENT)
+        else:
+            result.append(UNKNOWN if can_be & ATOMS[name] else ABSENT)
+    return result
+
+
+OWN = st.dictionaries(st.sampled_from(list(CLASSES)), st.sampled_from([ABSENT, PRESENT, UNKNOWN]), min_size=1)
 
 
 @few
-@given(
-    st.dictionaries(st.sampled_from(list(CLASSES)), st.sampled_from([ABSENT, PRESENT, UNKNOWN]), min_size=1, max_size=6)
-)
-def test_inference_agrees_with_every_possible_world(own):
-    for name, state in states_of(own, list(CLASSES)).items():
-        worlds = worlds_allow(own, name)
-        if not worlds:  # the source contradicts itself: only the class's own array counts
-            assert own.get(name, UNKNOWN) in (UNKNOWN, state)
-        elif state == UNKNOWN:
-            assert worlds == {True, False} or PRESENT in own.values() or worlds == {True}
-        else:
-            assert worlds == {state == PRESENT}
+@given(OWN)
+def test_inference_follows_the_rules_class_by_class(own):
+    assert list(states_of(own, list(CLASSES)).values()) == plain_states(own, list(CLASSES))
+
+
+@few
+@given(st.sampled_from(sorted(EVERY_ATOM)), st.sets(st.sampled_from(list(CLASSES)), min_size=1), st.randoms())
+def test_what_is_inferred_is_true_of_every_voxel_that_is_of_one_atom(atom, annotated, random):
+    own = {name: UNKNOWN if random.random() < 0.2 else int(atom in ATOMS[name]) for name in sorted(annotated)}
+    inferred = states_of(own, list(CLASSES))
+    assert all(state in (UNKNOWN, int(atom in ATOMS[name])) for name, state in inferred.items())
+    present, absent = ({name for name, state in own.items() if state == wanted} for wanted in (PRESENT, ABSENT))
+    for name, state in inferred.items():
+        if any(disjoint(name, other) for other in present) or any(contains(other, name) for other in absent):
+            assert state == ABSENT
+        if any(name == other or contains(name, other) for other in present):
+            assert state == PRESENT
+
+
+def test_a_crop_that_says_nothing_of_the_classes_is_unknown_not_background(tmp_path, ngff):
+    crop = write_crop(ngff, tmp_path, {"vim": blob((4, 4, 4), (0, 0, 0), (4, 4, 2))}, kinds={"vim": "instance"})
+    result = build_label_map(crop, crop[0].level.lattice, ["pm", "ecs"], valid=None, max_upsample=1)
+    assert (result.table[result.rows[:, :, :2]] == ABSENT).all()
+    assert (result.rows[:, :, 2:] == UNKNOWN_ROW).all()
 
 
 # --- the state table
@@ -272,6 +326,56 @@ def test_contradictions_between_group_and_parts_are_counted(tmp_path, ngff):
     ]
 
 
+def test_classes_on_different_lattices_are_compared_on_the_grid(tmp_path, ngff):
+    """Of a 16 nm cube ecs is the lower half (at 8 nm), pm and golgi_mem the lower three quarters (at 4 nm)."""
+    fine = {name: blob((4, 4, 4), (0, 0, 0), (3, 4, 4)) for name in ("pm", "golgi_mem")}
+    crop = write_crop(ngff, tmp_path, fine, (4, 4, 4), (-2, -2, -2))
+    coarse = {"ecs": blob((2, 2, 2), (0, 0, 0), (1, 2, 2)), "golgi": blob((2, 2, 2), (1, 0, 0), (2, 2, 2))}
+    crop += write_crop(ngff, tmp_path, coarse, (8, 8, 8), (0, 0, 0))
+    result = build_label_map(crop, crop[0].level.lattice, list(coarse), valid=None, max_upsample=2)
+    assert result.overlaps == {
+        "pm+golgi_mem": 48,
+        "pm+ecs": 32,
+        "pm+golgi": 16,
+        "golgi_mem+ecs": 32,
+    }
+    assert result.contradictions == ["golgi_mem is marked in 32 voxels of the grid where golgi is absent"]
+
+
+def test_only_the_result_is_as_large_as_the_crop(tmp_path, ngff):
+    volume = np.zeros((128, 64, 64), np.uint8)
+    volume[:, :, :20] = 1
+    crop = [read_label(ngff(tmp_path / "pm", volume, (4, 4, 4), (0, 0, 0), chunks=(4, 64, 64)))]
+    made = []
+
+    def scratch(shape, dtype):
+        made.append(np.memmap(tmp_path / f"{len(made)}", dtype, "w+", shape=tuple(shape)))
+        return made[-1]
+
+    valid = np.memmap(tmp_path / "valid", bool, "w+", shape=volume.shape)
+    valid[1:] = True
+    for voxel in (4, 8):
+        source = crop[0].level.lattice
+        target = Lattice.covering(source.lower_nm, source.upper_nm, (voxel,) * 3)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(labels_module, "SLAB_VOXELS", 4 * 64 * 64)
+            tracemalloc.start()
+            result = build_label_map(
+                crop,
+                target,
+                ["pm"],
+                valid=valid[: len(valid) * 4 // voxel, : 256 // voxel, : 256 // voxel],
+                max_upsample=1,
+                scratch=scratch,
+            )
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert peak < volume.size * 0.6
+        assert result.rows is made[-1] and [array.dtype for array in made] == [np.uint16, np.uint8]
+        assert (result.rows[0] == UNKNOWN_ROW).all() and result.rows[1:].mean() == pytest.approx(20 / 64)
+        made.clear()
+
+
 def test_voxels_without_em_are_unknown_for_every_class(tmp_path, ngff):
     crop = write_crop(ngff, tmp_path, {"pm": blob((4, 4, 4), (0, 0, 0), (4, 4, 2))})
     valid = np.ones((4, 4, 4), bool)
@@ -282,6 +386,23 @@ def test_voxels_without_em_are_unknown_for_every_class(tmp_path, ngff):
     assert result.source_counts["pm"] == {"present": 32, "absent": 32, "unknown": 0}
 
 
+def test_voxels_outside_the_box_of_the_crop_are_unknown_whatever_other_arrays_say(tmp_path, ngff):
+    crop = write_crop(ngff, tmp_path, dict.fromkeys(["pm", "er"], np.zeros((4, 4, 4), np.uint8)))
+    crop += write_crop(ngff, tmp_path, {"ecs": np.ones((8, 8, 8), np.uint8)}, translation=(-8, -8, -8))
+    target = crop[0].level.lattice.padded((1, 0, 0), (0, 0, 2))
+    result = build_label_map(crop, target, ["pm", "ecs", "mito"], valid=None, max_upsample=1)
+    assert (result.rows[0] == UNKNOWN_ROW).all() and (result.rows[:, :, 4:] == UNKNOWN_ROW).all()
+    assert (result.table[result.rows[1:, :, :4]] == [0, 1, 0]).all()
+
+
+def test_a_class_without_an_array_is_unknown_where_no_other_class_excludes_it(tmp_path, ngff):
+    crop = write_crop(ngff, tmp_path, {"pm": blob((4, 4, 4), (0, 0, 0), (4, 4, 1)), "golgi": np.zeros((4, 4, 4), "u1")})
+    result = build_label_map(crop, crop[0].level.lattice, ["pm", "ecs", "golgi_mem"], valid=None, max_upsample=1)
+    counts = count_states(result.rows, result.table, ["pm", "ecs", "golgi_mem"])
+    assert counts["ecs"] == {"present": 0, "absent": 16, "unknown": 48}
+    assert counts["golgi_mem"] == {"present": 0, "absent": 64, "unknown": 0}  # an empty array: a true negative
+
+
 def test_more_combinations_than_a_byte_holds_need_two(tmp_path, ngff):
     names = FOURTEEN[:9]
     bits = np.arange(512).reshape(8, 8, 8)
@@ -290,6 +411,7 @@ def test_more_combinations_than_a_byte_holds_need_two(tmp_path, ngff):
     assert result.rows.dtype == np.uint16 and not (result.rows == UNKNOWN_ROW).any()
     expected = (bits[..., None] >> np.arange(9)) & 1
     assert np.array_equal(result.table[result.rows], expected)
+    assert result.rows.base is None  # the array of codes, used again
     again = decode_table(encode_table(result.table, np.unique(result.rows)), 9)
     assert np.array_equal(again[result.rows], expected)
 
@@ -335,6 +457,30 @@ def test_the_state_that_covers_most_of_a_voxel_wins(tmp_path_factory, ngff, voxe
     assert result.source_counts == {"pm": counts}
 
 
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    st.lists(st.sampled_from(list(CLASSES)), min_size=2, max_size=8, unique=True),
+    st.tuples(GRIDS, GRIDS, GRIDS),
+    st.integers(0, 2**31),
+)
+def test_resampling_invents_no_overlap_and_takes_no_part_out_of_its_group(tmp_path_factory, ngff, names, voxel, seed):
+    rng = np.random.default_rng(seed)
+    atoms = rng.choice(sorted(frozenset().union(*(ATOMS[name] for name in names))), (6, 7, 5))
+    unknown = rng.random(atoms.shape) < 0.1
+    volumes = {name: np.where(unknown, 255, np.isin(atoms, sorted(ATOMS[name]))).astype(np.uint8) for name in names}
+    crop = write_crop(ngff, tmp_path_factory.mktemp("crop"), volumes, (4, 4, 4), (3, 1, 0))
+    source = crop[0].level.lattice
+    target = Lattice.covering(source.lower_nm, source.upper_nm, voxel)
+    result = build_label_map(crop, target, names, valid=None, max_upsample=2)
+    states = {name: result.table[result.rows][..., column] for column, name in enumerate(names)}
+    assert result.overlaps == {} and result.contradictions == []
+    for a, b in product(names, names):
+        if disjoint(a, b):
+            assert not ((states[a] == PRESENT) & (states[b] == PRESENT)).any()
+        if contains(a, b):
+            assert not ((states[a] == ABSENT) & (states[b] == PRESENT)).any()
+
+
 def test_a_membrane_one_voxel_thick_survives_halving(tmp_path, ngff):
     shape = (8, 8, 8)
     lumen, membrane = blob(shape, (0, 0, 0), (8, 8, 3)), blob(shape, (0, 0, 3), (8, 8, 4))
@@ -369,6 +515,184 @@ def test_planes_below_the_crop_are_counted_too(tmp_path, ngff):
     other = write_crop(ngff, tmp_path, {"ecs": np.ones((48, 16, 8), np.uint8)}, (2, 2, 4), (-1, -1, -2))
     result = build_label_map([*lead, *other], lead[0].level.lattice, ["pm", "ecs"], valid=None, max_upsample=2)
     assert sum(result.source_counts["ecs"].values()) == 48 * 16 * 8
+
+
+SOME_CLASSES = st.one_of(
+    st.lists(st.sampled_from(list(CLASSES)), min_size=1, max_size=48, unique=True), st.just(list(TESTED))
+)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(st.sampled_from(list(CLASSES)), min_size=1, max_size=12, unique=True),
+    SOME_CLASSES,
+    st.integers(0, 2**31),
+    st.sampled_from([0.0, 0.02, 0.5]),
+    st.sampled_from([8, 8 * 1024**2]),
+)
+def test_label_maps_hold_what_the_rules_say_of_each_voxel(
+    tmp_path_factory, ngff, annotated, classes, seed, noise, budget
+):
+    rng = np.random.default_rng(seed)
+    folder, shape = tmp_path_factory.mktemp("crop"), (7, 6, 9)
+    atoms = rng.choice(sorted(EVERY_ATOM), shape)
+    own, volumes = {}, {}
+    for name in annotated:
+        marked = np.isin(atoms, sorted(ATOMS[name])) ^ (rng.random(shape) < noise)  # noise: contradictions
+        states = np.where(rng.random(shape) < 0.1, UNKNOWN, marked).astype(np.uint8)
+        volumes[name] = np.where(states == UNKNOWN, 255, states).astype(np.uint8)
+        if rng.random() < 0.3:
+            mask = rng.random(shape) < 0.8
+            ngff(folder / f"{name}_mask", mask.astype(np.uint8), (4, 4, 4), (0, 0, 0))
+            states[~mask] = UNKNOWN
+        own[name] = states
+    valid = rng.random(shape) < 0.9
+    crop = write_crop(ngff, folder, volumes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(labels_module, "SLAB_VOXELS", budget)
+        result = build_label_map(crop, crop[0].level.lattice, classes, valid=valid, max_upsample=1)
+    got = result.table[result.rows]
+    for at in np.ndindex(shape):
+        expected = plain_states({name: int(states[at]) for name, states in own.items()}, classes)
+        assert got[at].tolist() == (expected if valid[at] else [UNKNOWN] * len(classes))
+    assert ((result.rows == UNKNOWN_ROW) == (got == UNKNOWN).all(axis=-1)).all()
+    both = [(a, b) for i, a in enumerate(annotated) for b in annotated[i + 1 :] if disjoint(a, b)]
+    overlaps = {f"{a}+{b}": int(((own[a] == PRESENT) & (own[b] == PRESENT)).sum()) for a, b in both}
+    assert result.overlaps == {pair: n for pair, n in overlaps.items() if n}
+    assert noise or not (result.overlaps or result.contradictions)
+    for name, counts in result.source_counts.items():
+        assert [counts["absent"], counts["present"], counts["unknown"]] == np.bincount(
+            own[name].ravel(), minlength=3
+        ).tolist()
+
+
+def test_all_74_classes_at_once_need_a_table_of_two_bytes(tmp_path, ngff):
+    rng = np.random.default_rng(3)
+    names, shape = list(CLASSES), (8, 8, 8)
+    own = {name: rng.choice(np.array([0, 1, 255], np.uint8), shape, p=[0.9, 0.05, 0.05]) for name in names}
+    crop = write_crop(ngff, tmp_path, own)
+    result = build_label_map(crop, crop[0].level.lattice, names, valid=None, max_upsample=1)
+    assert result.rows.dtype == np.uint16 and len(np.unique(result.rows)) > 255
+    got, decoded = result.table[result.rows], decode_table(encode_table(result.table, np.unique(result.rows)), 74)
+    assert np.array_equal(decoded[result.rows], got)
+    states = {name: np.where(volume == 255, UNKNOWN, volume) for name, volume in own.items()}
+    for at in list(np.ndindex(shape))[::5]:
+        assert got[at].tolist() == plain_states({name: int(volume[at]) for name, volume in states.items()}, names)
+
+
+# --- masks
+
+
+def plain_array(path, volume, zarr_format=2):
+    array = zarr.create_array(
+        str(path), shape=volume.shape, chunks=(8, 8, 8), dtype=volume.dtype, zarr_format=zarr_format
+    )
+    array[...] = volume
+
+
+@pytest.mark.parametrize("form", ["group", 2, 3])
+def test_a_class_is_unknown_where_its_mask_is_0(tmp_path, ngff, form):
+    volume, mask = blob((9, 10, 11), (0, 0, 0), (9, 10, 5)), blob((9, 10, 11), (0, 0, 3), (9, 10, 8))
+    if form == "group":
+        ngff(tmp_path / "pm_mask", mask, (4, 4, 4), (0, 0, 0), levels=2)
+    else:
+        plain_array(tmp_path / "pm_mask", mask.astype(bool), form)
+    pm, ecs = write_crop(ngff, tmp_path, {"pm": volume, "ecs": np.zeros_like(volume)})
+    assert sorted(pm.levels) == ["pm", "pm_mask"] and list(ecs.levels) == ["ecs"] and ecs.mask is None
+    values, states = LabelReader(pm).read((0, 0, 0), (9, 10, 11))
+    assert states[4, 4].tolist() == [UNKNOWN] * 3 + [PRESENT] * 2 + [ABSENT] * 3 + [UNKNOWN] * 3
+    assert values[4, 4].tolist() == [0] * 3 + [1] * 2 + [0] * 6
+    result = build_label_map([pm, ecs], pm.level.lattice, ["pm", "ecs"], valid=None, max_upsample=1)
+    assert np.array_equal(result.table[result.rows][..., 0], states)
+    assert result.source_counts["pm"] == {"present": 180, "absent": 270, "unknown": 540}
+
+
+def test_an_array_with_nothing_outside_its_mask_is_empty(tmp_path, ngff):
+    volume = blob((9, 9, 9), (8, 8, 8), (9, 9, 9))
+    assert not is_empty(*write_crop(ngff, tmp_path, {"pm": volume}))
+    plain_array(tmp_path / "pm_mask", 1 - volume)
+    assert is_empty(read_label(tmp_path / "pm"))
+
+
+def test_a_mask_on_other_voxels_or_of_another_kind_is_refused_by_name(tmp_path, ngff):
+    write_crop(ngff, tmp_path, dict.fromkeys(["pm", "ecs", "nuc", "er"], np.ones((4, 4, 4), np.uint8)))
+    plain_array(tmp_path / "pm_mask", np.ones((4, 4, 5), np.uint8))
+    with pytest.raises(DataError, match=r"pm_mask: shape \[4, 4, 5\]; \[4, 4, 4\] is expected") as error:
+        read_label(tmp_path / "pm")
+    assert str(tmp_path / "pm" / "s0") in str(error.value)
+    ngff(tmp_path / "ecs_mask", np.ones((4, 4, 4), np.uint8), (8, 8, 8), (0, 0, 0))
+    with pytest.raises(DataError, match=r"ecs_mask/s0: the mask has .* of 8 x 8 x 8 nm .*ecs/s0 .* of 4 x 4 x 4 nm"):
+        read_label(tmp_path / "ecs")
+    ngff(tmp_path / "nuc_mask", np.ones((4, 4, 4), np.uint8), (4, 4, 4), (0, 0, 4))
+    with pytest.raises(DataError, match="from 0 x 0 x 4 nm"):
+        read_label(tmp_path / "nuc")
+    plain_array(tmp_path / "er_mask", np.ones((4, 4, 4), np.float32))
+    with pytest.raises(DataError, match="a mask of dtype float32"):
+        read_label(tmp_path / "er")
+
+
+# --- instance ids
+
+
+@pytest.mark.parametrize("dtype,largest,kept", [("u1", 254, "u2"), ("u2", 60000, "u2"), ("i4", 70000, "u4")])
+def test_ids_keep_their_numbers_in_the_smallest_dtype(tmp_path, ngff, dtype, largest, kept):
+    volume = np.random.default_rng(0).integers(0, largest, (9, 8, 7)).astype(dtype)
+    volume[0, 0, 0] = largest
+    (mito,) = write_crop(ngff, tmp_path, {"mito": volume}, kinds={"mito": "instance"})
+    ids = np.concatenate([part for _, _, part in resample_ids(mito, mito.level.lattice)])
+    assert ids.dtype == kept and np.array_equal(ids, volume)
+    assert count_ids(mito) == len(np.unique(volume[volume > 0]))
+
+
+def test_ids_beyond_32_bits_are_numbered_in_their_order(tmp_path, ngff):
+    volume = np.array([0, 7, 2**40, 2**40, 2**33], np.uint64).reshape(1, 1, 5)
+    (mito,) = write_crop(ngff, tmp_path, {"mito": volume}, kinds={"mito": "instance"})
+    ((first, last, ids),) = resample_ids(mito, mito.level.lattice)
+    assert (first, last, ids.dtype, ids.ravel().tolist()) == (0, 1, np.uint16, [0, 1, 3, 3, 2])
+
+
+def test_unknown_and_masked_ids_do_not_count(tmp_path, ngff):
+    volume = np.arange(250, 258, dtype=np.uint16).reshape(1, 1, 8)
+    mask = np.ones(volume.shape, np.uint8)
+    mask[0, 0, :2] = 0
+    plain_array(tmp_path / "mito_mask", mask)
+    stated = annotation("instance", "mito", absent=0, unknown=1)["cellmap"]["annotation"]
+    mito = read_label(ngff(tmp_path / "mito", volume, (4, 4, 4), (0, 0, 0), annotation=stated))
+    assert count_ids(mito) == 5
+    ((_, _, ids),) = resample_ids(mito, mito.level.lattice)
+    assert ids.ravel().tolist() == [0, 0, 252, 253, 254, 0, 256, 257]
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.tuples(GRIDS, GRIDS, GRIDS), st.tuples(*[st.integers(-2, 2)] * 3), st.sampled_from([40, 8 * 1024**2]))
+def test_each_voxel_has_the_id_at_its_centre(tmp_path_factory, ngff, voxel, offset, budget):
+    volume = np.random.default_rng(1).integers(0, 9, (6, 7, 5)).astype(np.uint8)
+    folder = tmp_path_factory.mktemp("ids")
+    (mito,) = write_crop(ngff, folder, {"mito": volume}, (4, 3, 4), (3, 1, 0), {"mito": "instance"})
+    source = mito.level.lattice
+    target = Lattice.covering(source.lower_nm, source.upper_nm, voxel).window(offset, (4, 5, 6))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(labels_module, "SLAB_VOXELS", budget)
+        slabs = list(resample_ids(mito, target))
+    assert [slab[0] for slab in slabs[1:]] == [slab[1] for slab in slabs[:-1]] and slabs[-1][1] == 4
+    ids = np.concatenate([slab[2] for slab in slabs])
+    for at in np.ndindex(target.shape):
+        index = np.array(source.index_of(target.world_of(at)))
+        if ((index < -0.5 - 1e-6) | (index > np.array(source.shape) - 0.5 + 1e-6)).any():
+            assert ids[at] == 0
+        else:
+            near = np.argwhere(
+                np.abs(np.indices(source.shape).transpose(1, 2, 3, 0) - index).max(axis=-1) <= 0.5 + 1e-6
+            )
+            assert ids[at] in {volume[tuple(i)] for i in near}
+
+
+def test_what_an_empty_array_means_is_set_for_the_crop_before_the_class_before_all():
+    labels = {"empty": "absent", "empty_by_class": {"nuc": "unknown"}, "empty_by_crop": {"a/crop1": "absent"}}
+    assert empty_means(labels, "a/crop2", "pm") == "absent"
+    assert empty_means(labels, "a/crop2", "nuc") == "unknown"
+    assert empty_means(labels, "a/crop1", "nuc") == "absent"
+    assert empty_means({"empty": "unknown", "empty_by_crop": {"crop1": "absent"}}, "a/crop1", "pm") == "absent"
 
 
 def test_empty_arrays_are_recognised(tmp_path, ngff):

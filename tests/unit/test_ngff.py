@@ -3,15 +3,20 @@ import json
 import numpy as np
 import pytest
 import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cellmap_pipe.errors import DataError
 from cellmap_pipe.geometry import Lattice
 from cellmap_pipe.prepare.ngff import (
+    NM_PER_UNIT,
     array_attributes,
     chunk_files,
     chunk_shape,
     chunks_on_disk,
+    is_array,
     open_level,
+    plain_level,
     read_box,
     read_image,
 )
@@ -66,6 +71,84 @@ def test_the_order_of_transformations_and_a_global_one_do_not_matter(tmp_path, n
     assert read_image(path).levels[0].lattice == Lattice((8, 4, 2), (20, 40, 60), (20, 18, 17))
 
 
+SIZES = st.sampled_from([1.62, 1.74, 2.0, 2.62, 4.0, 5.24, 13.92, 64.0])
+AT = st.floats(-1e6, 1e6).map(lambda v: round(v, 2))
+UNITS = st.sampled_from([None, *sorted(NM_PER_UNIT)])
+
+
+def triples(values):
+    return st.tuples(values, values, values)
+
+
+@st.composite
+def transformations(draw, *, scaled):
+    """Return (scale, translation, transformations that say so, in any order, without what may be left out)."""
+    scale, translation = draw(triples(SIZES)), draw(triples(AT))
+    listed = [{"type": "scale", "scale": list(scale)}, {"type": "translation", "translation": list(translation)}]
+    if not scaled and draw(st.booleans()):
+        scale, listed = (1, 1, 1), listed[1:]
+    if draw(st.booleans()):
+        translation, listed = (0, 0, 0), [entry for entry in listed if entry["type"] == "scale"]
+    if not scaled and draw(st.booleans()):
+        listed.append({"type": "identity"})
+    return np.array(scale), np.array(translation), draw(st.permutations(listed))
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    st.lists(transformations(scaled=True), min_size=1, max_size=3),
+    transformations(scaled=False),
+    triples(UNITS),
+    st.sampled_from([2, 3]),
+    st.sampled_from(["0.4", "0.5"]),
+)
+def test_nanometres_in_are_nanometres_out(tmp_path_factory, levels, outer, units, zarr_format, version):
+    path, shape = tmp_path_factory.mktemp("image"), [30, 20, 10]
+    axes = [{"name": n, "type": "space"} | ({"unit": u} if u else {}) for n, u in zip("zyx", units, strict=True)]
+    datasets = [{"path": f"s{i}", "coordinateTransformations": listed} for i, (_, _, listed) in enumerate(levels)]
+    content = {"multiscales": [{"axes": axes, "datasets": datasets}]}
+    if outer[2]:
+        content["multiscales"][0]["coordinateTransformations"] = outer[2]
+    content = {"ome": content | {"version": version}} if version == "0.5" else content
+    if zarr_format == 2:
+        (path / ".zattrs").write_text(json.dumps(content))
+    else:
+        (path / "zarr.json").write_text(
+            json.dumps({"zarr_format": 3, "node_type": "group", "attributes": content}),
+        )
+    for i in range(len(levels)):
+        zarr.create_array(str(path / f"s{i}"), shape=shape, chunks=(8, 8, 8), dtype="u1", zarr_format=zarr_format)
+    nm = np.array([NM_PER_UNIT[unit or "nm"] for unit in units])
+    expected = [
+        np.concatenate([scale * outer[0] * nm, (translation * outer[0] + outer[1]) * nm])
+        for scale, translation, _ in levels
+    ]
+    found = [level.lattice for level in read_image(path).levels]
+    got = [np.array([*lattice.voxel_nm, *lattice.translation_nm]) for lattice in found]
+    for these, those in ((got, expected), (expected, got)):
+        assert all(any(np.allclose(a, b, rtol=1e-9, atol=1e-9) for b in those) for a in these)
+    for lattice in found:
+        assert lattice.shape == (30, 20, 10)
+        assert lattice.lower_nm == pytest.approx(np.array(lattice.translation_nm) - np.array(lattice.voxel_nm) / 2)
+    sizes = [np.prod(lattice.voxel_nm) for lattice in found]
+    assert sizes == sorted(sizes)
+
+
+def test_an_array_without_multiscales_takes_a_lattice_of_its_shape(tmp_path):
+    lattice = Lattice((4, 2, 1), (10, 20, 30), VOLUME.shape)
+    for zarr_format in (2, 3):
+        path = tmp_path / f"v{zarr_format}"
+        array = zarr.create_array(str(path), shape=VOLUME.shape, chunks=(8, 8, 8), dtype="u2", zarr_format=zarr_format)
+        array[...] = VOLUME
+        level = plain_level(path, lattice)
+        assert is_array(path) and (level.lattice, level.dtype) == (lattice, "uint16")
+        assert np.array_equal(read_box(open_level(level), level, (0, 0, 0), VOLUME.shape), VOLUME)
+        with pytest.raises(DataError, match=r"shape \[20, 18, 17\]; \[20, 18, 16\] is expected"):
+            plain_level(path, lattice.window((0, 0, 0), (20, 18, 16)))
+    zarr.create_group(str(tmp_path / "group"), zarr_format=3)
+    assert not is_array(tmp_path / "group") and not is_array(tmp_path / "nowhere")
+
+
 def test_micrometres_become_nanometres(tmp_path, ngff):
     path = ngff(tmp_path / "em", VOLUME, (0.004, 0.002, 0.001), (0, 0, 1))
     edit(path, lambda c: [axis.update(unit="micrometer") for axis in c["multiscales"][0]["axes"]])
@@ -89,7 +172,13 @@ def test_a_level_that_is_not_on_disk_is_left_out(tmp_path, ngff):
         (lambda c: c["multiscales"][0].pop("axes"), "no axes"),
         (lambda c: c["multiscales"][0]["axes"].reverse(), r"axes \['x', 'y', 'z'\] are not supported"),
         (lambda c: c["multiscales"][0]["axes"][0].update(unit="parsec"), r"unknown unit \['parsec'\]"),
-        (lambda c: c["multiscales"][0]["datasets"][0].update(coordinateTransformations=[{"type": "affine"}]), "affine"),
+        (
+            lambda c: c["multiscales"][0]["datasets"][0].update(
+                coordinateTransformations=[{"type": "scale", "scale": [1, 1, 1]}, {"type": "affine"}]
+            ),
+            "affine",
+        ),
+        (lambda c: c["multiscales"][0]["datasets"][0].update(coordinateTransformations=None), "no scale, so the voxel"),
         (
             lambda c: c["multiscales"][0]["datasets"][0].update(
                 coordinateTransformations=[{"type": "scale", "scale": [0, 4, 4]}]

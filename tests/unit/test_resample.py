@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellmap_pipe.geometry import Lattice
-from cellmap_pipe.prepare.resample import apply_weights, axis_weights, inside, lattice_weights, resample_mean, z_slabs
+from cellmap_pipe.prepare.resample import (
+    apply_weights,
+    axis_weights,
+    inside,
+    lattice_weights,
+    nearest_voxels,
+    resample_mean,
+    z_slabs,
+)
 
 few = settings(max_examples=15, deadline=None, derandomize=True)
 RATIOS = st.sampled_from([1.0, 1.5, 2.0, 2.62 / 2, 3.7, 4.0])
@@ -58,6 +66,14 @@ def test_a_finer_target_is_interpolated_between_centres():
     assert resample_mean(values, source, target).ravel().tolist() == [0, 1, 3, 5, 7, 8]
 
 
+def test_a_target_that_counts_as_the_same_voxel_is_averaged():
+    source = Lattice((2.62, 2, 2), (0, 0, 0), (6, 1, 1))
+    target = Lattice((2.6, 2, 2), (-0.01, 0, 0), (5, 1, 1))
+    values = np.array([0, 100, 0, 0, 100, 0.0]).reshape(6, 1, 1)
+    expected = dense_area_mean(values, source, target).ravel()
+    assert resample_mean(values, source, target).ravel() == pytest.approx(expected, abs=0.02)
+
+
 def test_the_same_lattice_is_recognised_with_an_offset_and_rounding():
     source = Lattice((2.62, 2, 2), (23837.13, 7599, 35999), (10, 10, 10))
     weights = lattice_weights(source, source.window((2, 3, 4), (5, 5, 5)))
@@ -76,6 +92,24 @@ def test_labels_are_never_interpolated():
     source, target = Lattice((4, 4, 4), (0, 0, 0), (3, 3, 3)), Lattice((1, 1, 1), (-1.5, -1.5, -1.5), (12, 12, 12))
     matrix = axis_weights(source, target, 0, interpolate=False).matrix.toarray()
     assert np.array_equal(matrix, np.kron(np.eye(3), np.ones((4, 1))))
+
+
+@few
+@given(st.tuples(RATIOS, RATIOS, RATIOS), st.tuples(OFFSETS, OFFSETS, OFFSETS))
+def test_the_nearest_voxel_is_the_one_around_the_centre(ratio, offset):
+    source = Lattice((2, 4, 3), (10, 20, 30), (6, 5, 7))
+    voxel = [r * v for r, v in zip(ratio, source.voxel_nm, strict=True)]
+    target = Lattice(voxel, [10 + 2 * offset[0], 20 + 4 * offset[1], 30 + 3 * offset[2]], (3, 4, 5))
+    for axis, found in enumerate(nearest_voxels(source, target)):
+        for i, index in enumerate(found):
+            at = source.index_of(target.world_of((i, i, i)))[axis]
+            distances = [abs(at - k) for k in range(source.shape[axis])]
+            assert distances[index] <= min(distances) + 1e-6
+
+
+def test_between_two_voxels_the_upper_one_is_nearest():
+    source, target = Lattice((4, 4, 4), (0, 0, 0), (4, 4, 4)), Lattice((8, 8, 8), (2, 2, 2), (2, 2, 2))
+    assert [index.tolist() for index in nearest_voxels(source, target)] == [[1, 3]] * 3
 
 
 def test_slabs_cover_the_target_once_and_respect_chunk_layers():

@@ -29,8 +29,8 @@ from cellmap_pipe.evaluation.rules import PORTAL_NOTE, Rules, get_rules
 from cellmap_pipe.evaluation.semantic import score_semantic
 from cellmap_pipe.evaluation.tasks import run_tasks
 from cellmap_pipe.files import read_json, write_json
-from cellmap_pipe.prepare.labels import UNKNOWN, empty_means, is_empty, label_states, read_label
-from cellmap_pipe.prepare.ngff import chunk_shape, open_level, read_box
+from cellmap_pipe.prepare.labels import UNKNOWN, LabelReader, empty_means, is_empty, read_label
+from cellmap_pipe.prepare.ngff import chunk_shape
 
 logger = logging.getLogger(__name__)
 
@@ -188,14 +188,13 @@ def score_crop_label(task: CropTask) -> CropScore | None:
 
 def _score(task: CropTask) -> CropScore:
     label = read_label(task.truth)
-    lattice, array, step = label.level.lattice, open_level(label.level), chunk_shape(label.level)[0]
+    lattice, reader, step = label.level.lattice, LabelReader(label), chunk_shape(label.level)[0]
 
     def planes(part: slice) -> tuple[np.ndarray, np.ndarray]:
         """Return truth (0 where unknown) and the mask of known voxels in planes of the crop."""
-        lower, upper = (part.start, 0, 0), (part.stop, *lattice.shape[1:])
-        values = read_box(array, label.level, lower, upper)
+        values, states = reader.read((part.start, 0, 0), (part.stop, *lattice.shape[1:]))
         check_truth(values)
-        known = label_states(values, label.attributes)[0] != UNKNOWN
+        known = states != UNKNOWN
         return values * known, known
 
     pred = None

@@ -17,7 +17,7 @@ from cellmap_pipe.errors import ConfigError, DataError
 from cellmap_pipe.files import digest, replacing
 from cellmap_pipe.prepare.labels import read_label
 
-COLUMNS = "crop dataset em labels annotated voxel_nm translation_nm shape problem".split()
+COLUMNS = "crop dataset em labels annotated masks voxel_nm translation_nm shape problem".split()
 
 # Underscores separate dataset and crop in file names, so a crop's name has none.
 _CROP = re.compile(r"crop[0-9A-Za-z-]+")
@@ -97,8 +97,9 @@ def annotated_classes(path: Path) -> list[str]:
 def write_crops(data: Mapping[str, Any], out_csv: str | Path) -> None:
     """Write one row per crop of `find_crops` to `out_csv`, columns COLUMNS.
 
-    Paths are relative to data.root; voxel size and translation in nm, shape in voxels (z;y;x) of the finest label
-    level, empty where they cannot be read. `problem` says what is wrong with a crop; its neighbours are not affected.
+    annotated: classes that have an array; masks: those of them with a `{class}_mask` beside it. Paths are relative to
+    data.root; voxel size and translation in nm, shape in voxels (z;y;x) of the finest label level, empty where they
+    cannot be read. `problem` says what is wrong with a crop; its neighbours are not affected.
     """
     root = Path(data["root"])
     rows = [_row(crop, root) for crop in find_crops(data)]
@@ -132,6 +133,7 @@ def _row(crop: CropSource, root: Path) -> dict[str, str]:
         "em": os.path.relpath(crop.em_path, root),
         "labels": os.path.relpath(crop.path, root),
         "annotated": ";".join(annotated),
+        "masks": ";".join(name for name in annotated if (crop.path / f"{name}_mask").is_dir()),
         "voxel_nm": _joined(lattice.voxel_nm) if lattice else "",
         "translation_nm": _joined(lattice.translation_nm) if lattice else "",
         "shape": _joined(lattice.shape) if lattice else "",

@@ -6,19 +6,37 @@ always wins; inference only fills unknowns. Arrays are (z, y, x).
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, count
+from itertools import combinations, count, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cellmap_pipe.classes import CLASSES, contains, derivable, disjoint, get_class
-from cellmap_pipe.errors import DataError, GeometryError
+from cellmap_pipe.errors import DataError
 from cellmap_pipe.geometry import Lattice
-from cellmap_pipe.prepare.ngff import Level, array_attributes, chunk_shape, open_level, read_box, read_image
-from cellmap_pipe.prepare.resample import TIE, AxisWeights, apply_weights, inside, lattice_weights, z_slabs
+from cellmap_pipe.prepare.ngff import (
+    Level,
+    array_attributes,
+    chunk_shape,
+    is_array,
+    open_level,
+    plain_level,
+    read_box,
+    read_image,
+)
+from cellmap_pipe.prepare.plan import check_label_voxel
+from cellmap_pipe.prepare.resample import (
+    TIE,
+    AxisWeights,
+    apply_weights,
+    inside,
+    lattice_weights,
+    nearest_voxels,
+    z_slabs,
+)
 
 ABSENT, PRESENT, UNKNOWN = 0, 1, 2
 STATES = {"absent": ABSENT, "present": PRESENT, "unknown": UNKNOWN}
@@ -32,17 +50,60 @@ UNKNOWN_ROW = 255
 # The value that means "unknown" unless the array's encoding names another one.
 DEFAULT_UNKNOWN_VALUE = 255
 
-# Source voxels combined at once; about 16 bytes each are needed.
+# Source voxels combined at once, unless one layer of chunks is larger; about 10 bytes each are needed.
 SLAB_VOXELS = 8 * 1024**2
+
+# Ids of one array that are told apart; more are no objects but values of something else.
+MAX_IDS = 16 * 1024**2
 
 
 @dataclass(frozen=True)
 class LabelArray:
-    """One class's array in a crop: class name, its finest level, and the attributes of group and array, merged."""
+    """One class's array in a crop: class name, its finest level, and the attributes of group and array, merged.
+
+    mask: level of the sibling array `{class}_mask`, on the same voxels; the class is unknown where it is 0.
+    """
 
     name: str
     level: Level
     attributes: dict[str, Any]
+    mask: Level | None = None
+
+    @property
+    def levels(self) -> dict[str, Level]:
+        """The arrays whose voxels determine the class's states: `{class}`, and `{class}_mask` if there is one."""
+        return {self.name: self.level} | ({f"{self.name}_mask": self.mask} if self.mask else {})
+
+
+class LabelReader:
+    """The one way to the voxels of a class array: values as stored, and what they mean."""
+
+    def __init__(self, label: LabelArray) -> None:
+        self.label = label
+        self._array = open_level(label.level)
+        self._mask = open_level(label.mask) if label.mask else None
+
+    def read(self, lower: Sequence[int], upper: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return values and states of the voxels [lower, upper), (z, y, x); masked ones are 0 and unknown.
+
+        Raises DataError, naming the array, for a damaged chunk or values that are no labels.
+        """
+        values = read_box(self._array, self.label.level, lower, upper)
+        try:
+            states = label_states(values, self.label.attributes)[0]
+        except DataError as error:
+            raise DataError(f"{self.label.level.path}: {error}") from None
+        if self._mask is not None and self.label.mask is not None:
+            masked = read_box(self._mask, self.label.mask, lower, upper) == 0
+            values[masked] = 0
+            states[masked] = UNKNOWN
+        return values, states
+
+    def slabs(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield values and states of the whole array, a layer of chunks along z at a time."""
+        shape, step = self.label.level.lattice.shape, chunk_shape(self.label.level)[0]
+        for z in range(0, shape[0], step):
+            yield self.read((z, 0, 0), (min(z + step, shape[0]), *shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -52,6 +113,7 @@ class LabelMap:
     rows: uint8 or uint16 (z, y, x), indices into `table`. table: states, uint8 (>= 256 rows, classes), unused rows all
     unknown. source_counts: voxels by class and state as stored, on the label grid. overlaps: voxels of the label grid
     by pair "a+b" of disjoint classes that are both marked present. contradictions: sentences on groups and parts.
+    Classes whose arrays lie on different lattices meet only on the grid: there, voxels of the grid are counted.
     """
 
     rows: np.ndarray
@@ -62,12 +124,44 @@ class LabelMap:
 
 
 def read_label(path: str | Path) -> LabelArray:
-    """Return the class array in the group `path` (its name is the class). Raises DataError naming what is wrong."""
+    """Return the class array in the group `path` (its name is the class), with its mask, the sibling `{class}_mask`.
+
+    Raises DataError naming what is wrong.
+    """
     path = Path(path)
     image = read_image(path)
     level = image.levels[0]
     annotation = {**_annotation(image.attributes), **_annotation(array_attributes(level.path))}
-    return LabelArray(path.name, level, {"cellmap": {"annotation": {"class_name": path.name, **annotation}}})
+    attributes = {"cellmap": {"annotation": {"class_name": path.name, **annotation}}}
+    return LabelArray(path.name, level, attributes, _mask_of(path, level))
+
+
+def _mask_of(path: Path, level: Level) -> Level | None:
+    """Return the mask of the class array `level` in the group `path`, None if there is none.
+
+    It is an OME-NGFF group, or an array without multiscales that is taken to lie on the class's voxels.
+    """
+    mask = path.with_name(f"{path.name}_mask")
+    if not mask.is_dir():
+        return None
+    try:
+        candidates = (plain_level(mask, level.lattice),) if is_array(mask) else read_image(mask).levels
+    except DataError as error:
+        raise DataError(f"mask of {level.path}: {error}") from None
+    for candidate in candidates:
+        if candidate.lattice.same_as(level.lattice):
+            if np.dtype(candidate.dtype).kind not in "iub":
+                raise DataError(f"{candidate.path}: a mask of dtype {candidate.dtype}; integers or bool are expected")
+            return candidate
+    raise DataError(
+        f"{candidates[0].path}: the mask has {_described(candidates[0].lattice)}, "
+        f"its class array {level.path} {_described(level.lattice)}; correct the mask or remove it"
+    )
+
+
+def _described(lattice: Lattice) -> str:
+    voxel, at = (" x ".join(f"{v:g}" for v in values) for values in (lattice.voxel_nm, lattice.translation_nm))
+    return f"{' x '.join(map(str, lattice.shape))} voxels of {voxel} nm from {at} nm"
 
 
 def label_states(values: np.ndarray, attributes: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, int]]:
@@ -126,13 +220,64 @@ def empty_means(labels: Mapping[str, Any], crop: str, name: str) -> str:
 
 
 def is_empty(label: LabelArray) -> bool:
-    """Return whether the array holds nothing but zeros."""
-    array, shape = open_level(label.level), label.level.lattice.shape
-    step = chunk_shape(label.level)[0]
-    return not any(
-        read_box(array, label.level, (z, 0, 0), (min(z + step, shape[0]), *shape[1:])).any()
-        for z in range(0, shape[0], step)
-    )
+    """Return whether the array holds nothing but zeros where it is not masked."""
+    return not any(values.any() for values, _ in LabelReader(label).slabs())
+
+
+def count_ids(label: LabelArray) -> int:
+    """Return how many ids an instance array holds: distinct values that are neither 0, nor unknown, nor masked.
+
+    Raises DataError for a damaged chunk, values that are no labels, and more than MAX_IDS ids.
+    """
+    return len(_ids(label))
+
+
+def resample_ids(label: LabelArray, target: Lattice) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yield (first, last, ids) of slabs of the target: the instance ids of its planes [first, last), (z, y, x).
+
+    The id of a target voxel is that of the label voxel around its centre, 0 where that is unknown or masked, and where
+    the target voxel lies less than half inside the label box. uint16 if the largest id fits, else uint32; ids that do
+    not fit into uint32 are numbered 1.. in their order.
+    Raises DataError as `count_ids` does.
+    """
+    numbers, dtype = _numbering(label)
+    reader, (z, y, x) = LabelReader(label), nearest_voxels(label.level.lattice, target)
+    covered = lattice_weights(label.level.lattice, target, interpolate=False)
+    at = tuple(slice(int(index[0]), int(index[-1]) + 1) for index in (y, x))
+    for first, last in z_slabs(covered, chunk_shape(label.level)[0], SLAB_VOXELS):
+        planes = slice(int(z[first]), int(z[last - 1]) + 1)
+        values, states = reader.read(*zip(*((s.start, s.stop) for s in (planes, *at)), strict=True))
+        values[states != PRESENT] = 0
+        if numbers is not None:
+            values = np.where(values > 0, np.searchsorted(numbers, values) + 1, 0)
+        ids = values.astype(dtype)[np.ix_(z[first:last] - planes.start, y - at[0].start, x - at[1].start)]
+        ids[~inside([covered[0].rows(first, last), *covered[1:]])] = 0
+        yield first, last, ids
+
+
+def _numbering(label: LabelArray) -> tuple[np.ndarray | None, type[np.unsignedinteger[Any]]]:
+    """Return (ids to be numbered in their order, or None if they stay, dtype that holds them)."""
+    if np.dtype(label.level.dtype).itemsize <= 2:
+        return None, np.uint16
+    ids = _ids(label)
+    largest = int(ids[-1]) if len(ids) else 0
+    if largest > np.iinfo(np.uint32).max:
+        return ids, np.uint16 if len(ids) <= np.iinfo(np.uint16).max else np.uint32
+    return None, np.uint16 if largest <= np.iinfo(np.uint16).max else np.uint32
+
+
+def _ids(label: LabelArray) -> np.ndarray:
+    """Return the distinct ids of an instance array in their order, without 0, unknown and masked ones."""
+    found = np.empty(0, np.dtype(label.level.dtype))
+    for values, states in LabelReader(label).slabs():
+        values[states != PRESENT] = 0
+        flat = values.ravel()
+        # one value of each run along x: sorting all voxels would take seconds per slab
+        runs = flat[np.flatnonzero(np.diff(flat, prepend=~flat[:1]))]
+        found = np.union1d(found, runs)
+        if len(found) > MAX_IDS:
+            raise DataError(f"{label.level.path}: more than {MAX_IDS} ids; is it an array of instances?")
+    return found[found != 0]
 
 
 def infer_states(own: np.ndarray, annotated: Sequence[str], classes: Sequence[str]) -> np.ndarray:
@@ -199,45 +344,58 @@ def build_label_map(
     *,
     valid: np.ndarray | None,
     max_upsample: float,
+    scratch: Callable[[Sequence[int], type[np.generic]], np.ndarray] = np.empty,
 ) -> LabelMap:
     """Return the label map of a crop on the lattice `target`, with its state table and what the source says.
 
     A class's state in a target voxel is the one that covers most of it, present before unknown before absent where they
     tie (`settle_ties`); voxels less than half inside the label box, or not `valid` (bool, z, y, x; the EM's), are
-    unknown for every class. Works slab by slab along z; reads every voxel of every array once.
+    unknown for every class. Works slab by slab along z; reads every voxel of every array once. `scratch` (shape, dtype)
+    allocates the arrays as large as the target: two of two bytes and one byte, or one where the table needs two bytes.
     Raises DataError (damaged chunk, dtype, values), GeometryError if the labels would be upsampled too much.
     """
     groups = [_Group(part, target, max_upsample) for part in _by_lattice(labels)]
     names = [label.name for group in groups for label in group.labels]
     shape = target.shape
-    codes = np.empty(shape, np.uint16)
+    codes = scratch(shape, np.uint16)
     known: dict[bytes, int] = {}  # number of every combination of own states met so far
+    voxels: Counter[int] = Counter()  # of the target, by that number
     lead = groups[0]
+    in_place = len(groups) == 1 and all(w.identity for w in lead.weights)
     for first, last in z_slabs(lead.weights, chunk_shape(lead.labels[0].level)[0], SLAB_VOXELS // 2):
-        if len(groups) == 1 and all(w.identity for w in lead.weights):
+        if in_place:
             slab, rows = lead.stored(first, last)
+            numbers = _numbers(rows, known)
         else:
             columns = (column for group in groups for column in group.slab(first, last))
-            slab, rows, _ = combine(columns, (last - first, *shape[1:]), base=4)
-        codes[first:last] = _numbers(rows, known)[slab]
+            slab, rows, counts = combine(columns, (last - first, *shape[1:]), base=4)
+            numbers = _numbers(rows, known)
+            voxels.update(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
+        codes[first:last] = numbers[slab]
     for group in groups:
         group.finish()
-    counts = {name: group.source_counts(i) for group in groups for i, name in enumerate(group.names)}
+    counted = {name: group.source_counts(i) for group in groups for i, name in enumerate(group.names)}
     own = np.array([np.frombuffer(key, np.uint8) for key in known]).reshape(len(known), len(names))
-    present = {name: count["present"] for name, count in counts.items()}
-    states = infer_states(settle_ties(own, names, present), names, classes)
-    table, index = _table(standard_rows(names, classes), states)
-    label_map = index[codes]
-    outside = ~inside(lead.weights)
-    if valid is not None:
-        outside |= ~valid
-    label_map[outside] = UNKNOWN_ROW
+    own = settle_ties(own, names, {name: count["present"] for name, count in counted.items()})
+    table, index = _table(standard_rows(names, classes), infer_states(own, names, classes))
+    label_map = codes if index.dtype == codes.dtype else scratch(shape, np.uint8)
+    for first, last in pairwise(range(shape[0] + 1)):
+        part = index[codes[first:last]]
+        part[~inside([lead.weights[0].rows(first, last), *lead.weights[1:]])] = UNKNOWN_ROW
+        if valid is not None:
+            part[~valid[first:last]] = UNKNOWN_ROW
+        label_map[first:last] = part
+    relations = [group.relations() for group in groups]
+    if len(groups) > 1:
+        apart = [frozenset(group.names) for group in groups]
+        met = np.array([voxels[number] for number in range(len(known))], np.int64)
+        relations.append(_relations(names, own, met, apart=apart))
     return LabelMap(
         label_map,
         table,
-        counts,
-        {key: n for group in groups for key, n in group.overlaps().items()},
-        [text for group in groups for text in group.contradictions()],
+        counted,
+        {pair: n for overlaps, _ in relations for pair, n in overlaps.items()},
+        [text for _, contradictions in relations for text in contradictions],
     )
 
 
@@ -281,9 +439,9 @@ def _renumbered(
     codes: np.ndarray, span: int, base: int, digits: Sequence[int], states: Mapping[int, np.ndarray | int]
 ) -> tuple[np.ndarray, dict[int, np.ndarray | int], np.ndarray]:
     """Return `codes` numbered densely, the state of every column by new code (or constant), and the voxels per code."""
-    counts = np.bincount(codes.ravel(), minlength=span)
+    counts = count_values(codes, span)
     used = np.flatnonzero(counts)
-    dense = np.zeros(span, np.uint16 if len(used) <= 1 << 16 else np.uint32)
+    dense = np.zeros(span, codes.dtype)
     dense[used] = np.arange(len(used))
     rest = used
     by_code: dict[int, np.ndarray | int] = {}
@@ -292,7 +450,9 @@ def _renumbered(
         by_code[i] = digit.astype(np.uint8)
     for i, value in states.items():
         by_code[i] = value if isinstance(value, int) else value[rest]
-    return dense[codes], by_code, counts[used]
+    for plane in codes:
+        plane[...] = dense[plane]
+    return codes, by_code, counts[used]
 
 
 def count_states(label_map: np.ndarray, table: np.ndarray, classes: Sequence[str]) -> dict[str, dict[str, int]]:
@@ -336,14 +496,9 @@ class _Group:
         self.labels = labels
         self.names = [label.name for label in labels]
         self.lattice = labels[0].level.lattice
-        factor = max(v / t for v, t in zip(self.lattice.voxel_nm, target.voxel_nm, strict=True))
-        if factor > max_upsample * (1 + 1e-6):
-            raise GeometryError(
-                f"labels of {'x'.join(f'{v:g}' for v in self.lattice.voxel_nm)} nm would be upsampled {factor:.2f} "
-                f"times; raise max_upsample (now {max_upsample:g}) or use a coarser grid"
-            )
+        check_label_voxel(self.lattice, target, max_upsample)
         self.weights = lattice_weights(self.lattice, target, interpolate=False)
-        self._arrays = [open_level(label.level) for label in labels]
+        self._readers = [LabelReader(label) for label in labels]
         self._voxels: Counter[bytes] = Counter()  # by combination of states, on the label grid
         self._counted = 0  # planes that _voxels holds
 
@@ -373,27 +528,9 @@ class _Group:
         states, voxels = self._combinations()
         return {word: int(voxels[states[:, column] == state].sum()) for word, state in STATES.items()}
 
-    def overlaps(self) -> dict[str, int]:
-        """Return the voxels in which two disjoint classes are both marked, by pair "a+b", where there are any."""
-        states, voxels = self._combinations()
-        marked = states == PRESENT
-        pairs = [(i, j) for i, j in combinations(range(len(self.names)), 2) if disjoint(self.names[i], self.names[j])]
-        both = {(i, j): int(voxels[marked[:, i] & marked[:, j]].sum()) for i, j in pairs}
-        return {f"{self.names[i]}+{self.names[j]}": n for (i, j), n in both.items() if n}
-
-    def contradictions(self) -> list[str]:
-        """Return sentences on voxels where a group and the classes inside it do not agree."""
-        states, voxels = self._combinations()
-        found = []
-        for j, group in enumerate(self.names):
-            parts = [i for i, name in enumerate(self.names) if contains(group, name)]
-            for i in parts:
-                n = int(voxels[(states[:, i] == PRESENT) & (states[:, j] == ABSENT)].sum())
-                found.append((n, f"{self.names[i]} is marked in {n} voxels where {group} is absent"))
-            if derivable(group, self.names):
-                n = int(voxels[(states[:, j] == PRESENT) & (states[:, parts] == ABSENT).all(axis=1)].sum())
-                found.append((n, f"{group} is marked in {n} voxels where all of its parts are absent"))
-        return [text for n, text in found if n]
+    def relations(self) -> tuple[dict[str, int], list[str]]:
+        """Return the overlaps and contradictions of `_relations` on the label grid."""
+        return _relations(self.names, *self._combinations())
 
     def _combinations(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the states (combinations, labels) met on the label grid and the voxels of each combination."""
@@ -421,12 +558,38 @@ class _Group:
         return codes, rows
 
     def _states(self, i: int, first: int, last: int) -> np.ndarray:
-        label = self.labels[i]
-        values = read_box(self._arrays[i], label.level, (first, 0, 0), (last, *self.lattice.shape[1:]))
-        try:
-            return label_states(values, label.attributes)[0]
-        except DataError as error:
-            raise DataError(f"{label.level.path}: {error}") from None
+        return self._readers[i].read((first, 0, 0), (last, *self.lattice.shape[1:]))[1]
+
+
+def _relations(
+    names: Sequence[str], states: np.ndarray, voxels: np.ndarray, *, apart: Sequence[frozenset[str]] = ()
+) -> tuple[dict[str, int], list[str]]:
+    """Return (voxels in which two disjoint classes are both marked, by pair "a+b"; sentences on groups and parts).
+
+    states: (combinations, names), voxels: of each combination. Only what occurs is listed. apart: sets of classes that
+    have been compared among themselves; what lies inside one of them is left out.
+    """
+
+    def compared(*members: str) -> bool:
+        return any(part.issuperset(members) for part in apart)
+
+    grid = " of the grid" if apart else ""
+    marked, absent = states == PRESENT, states == ABSENT
+    overlaps = {}
+    for (i, a), (j, b) in combinations(enumerate(names), 2):
+        if disjoint(a, b) and not compared(a, b):
+            overlaps[f"{a}+{b}"] = int(voxels[marked[:, i] & marked[:, j]].sum())
+    found = []
+    for j, group in enumerate(names):
+        parts = [i for i, name in enumerate(names) if contains(group, name)]
+        for i in parts:
+            if not compared(group, names[i]):
+                n = int(voxels[marked[:, i] & absent[:, j]].sum())
+                found.append((n, f"{names[i]} is marked in {n} voxels{grid} where {group} is absent"))
+        if derivable(group, names) and not compared(group, *(names[i] for i in parts)):
+            n = int(voxels[marked[:, j] & absent[:, parts].all(axis=1)].sum())
+            found.append((n, f"{group} is marked in {n} voxels{grid} where all of its parts are absent"))
+    return {pair: n for pair, n in overlaps.items() if n}, [text for n, text in found if n]
 
 
 def _majority(codes: np.ndarray, states: np.ndarray, weights: Sequence[AxisWeights]) -> np.ndarray:
@@ -476,8 +639,9 @@ def _numbers(rows: np.ndarray, known: dict[bytes, int]) -> np.ndarray:
 def _table(standard: np.ndarray, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return (state table, row of each of `states`): standard rows first, 255 unknown, further ones in sorted order."""
     n_classes = standard.shape[1]
-    row_of = {np.full(n_classes, UNKNOWN, np.uint8).tobytes(): UNKNOWN_ROW}
-    row_of |= {row.tobytes(): number for number, row in enumerate(standard)}
+    row_of = {row.tobytes(): number for number, row in enumerate(standard)}
+    # last: where the annotated classes say nothing of the configured ones, row 0 is all unknown as well
+    row_of[np.full(n_classes, UNKNOWN, np.uint8).tobytes()] = UNKNOWN_ROW
     numbers = (n for n in count(len(standard)) if n != UNKNOWN_ROW)
     further = sorted({row.tobytes() for row in states} - row_of.keys())
     row_of |= dict(zip(further, numbers, strict=False))

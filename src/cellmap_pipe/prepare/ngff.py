@@ -22,15 +22,14 @@ from cellmap_pipe.geometry import Lattice, Shape3, shape3, vec3
 logger = logging.getLogger(__name__)
 
 AXES = ["z", "y", "x"]
+_PREFIXES = {"femto": -15, "pico": -12, "nano": -9, "micro": -6, "milli": -3, "centi": -2, "deci": -1, "": 0, "kilo": 3}
 NM_PER_UNIT = {
+    **{f"{prefix}meter": 10.0 ** (power + 9) for prefix, power in _PREFIXES.items()},
     "angstrom": 0.1,
-    "nanometer": 1.0,
     "nm": 1.0,
-    "micrometer": 1e3,
     "um": 1e3,
     "µm": 1e3,
-    "millimeter": 1e6,
-    "meter": 1e9,
+    "mm": 1e6,
 }
 
 
@@ -73,14 +72,14 @@ def read_image(path: str | Path) -> Image:
     for entry in datasets:
         try:
             array_path = path / entry["path"]
-            transforms = entry.get("coordinateTransformations", [])
-            scale, translation = _compose([transforms, multiscale.get("coordinateTransformations", [])])
+            stages = [part.get("coordinateTransformations") or [] for part in (entry, multiscale)]
+            scale, translation = _compose(stages)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise DataError(f"{path}: a level's coordinateTransformations are not understood ({error!r})") from None
         if not (array_path / ".zarray").is_file() and not (array_path / "zarr.json").is_file():
             logger.debug("%s: listed in the metadata, not on disk", array_path)
             continue
-        layout = _layout(array_path)
+        layout = array_layout(array_path)
         try:
             lattice = Lattice(vec3(scale * nm), vec3(translation * nm), shape3(layout.shape))
         except GeometryError as error:
@@ -90,6 +89,25 @@ def read_image(path: str | Path) -> Image:
         raise DataError(f"{path}: none of its levels ({', '.join(str(e['path']) for e in datasets)}) is on disk")
     levels.sort(key=lambda level: prod(level.lattice.voxel_nm))
     return Image(str(path), tuple(levels), attributes)
+
+
+def is_array(path: str | Path) -> bool:
+    """Return whether `path` is a zarr array itself, not a group of resolution levels. Raises DataError."""
+    path = Path(path)
+    if (path / ".zarray").is_file():
+        return True
+    return (path / "zarr.json").is_file() and _read_json(path / "zarr.json").get("node_type") == "array"
+
+
+def plain_level(path: str | Path, lattice: Lattice) -> Level:
+    """Return the zarr array at `path`, which has no multiscales, as a level on the voxels of `lattice`.
+
+    Raises DataError if its shape is not the lattice's.
+    """
+    layout = array_layout(Path(path))
+    if layout.shape != lattice.shape:
+        raise DataError(f"{path}: shape {list(layout.shape)}; {list(lattice.shape)} is expected here")
+    return Level(str(path), lattice, layout.dtype)
 
 
 def open_level(level: Level) -> "zarr.Array[Any]":
@@ -153,11 +171,13 @@ def chunk_files(level: Level, lower_index: Sequence[int], upper_index: Sequence[
 
 def chunk_shape(level: Level) -> Shape3:
     """Return the shape of the level's chunk files in voxels (z, y, x)."""
-    return shape3(_layout(Path(level.path)).chunks)
+    return shape3(array_layout(Path(level.path)).chunks)
 
 
 @dataclass(frozen=True)
-class _Layout:
+class ArrayLayout:
+    """Shape and chunk files of an array: shapes in voxels (z, y, x), numpy dtype's name, how files are named."""
+
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
     dtype: str
@@ -165,15 +185,16 @@ class _Layout:
     separator: str
 
     def key(self, index: Sequence[int]) -> str:
+        """Return the path of a chunk's file below the array's folder."""
         return self.prefix + self.separator.join(map(str, index))
 
 
-def _layout(path: Path) -> _Layout:
+def array_layout(path: Path) -> ArrayLayout:
     """Return shape, chunks and file naming of the array at `path`. Raises DataError."""
     try:
         if (path / ".zarray").is_file():
             meta = _read_json(path / ".zarray")
-            layout = _Layout(
+            layout = ArrayLayout(
                 tuple(map(int, meta["shape"])),
                 tuple(map(int, meta["chunks"])),
                 np.dtype(meta["dtype"]).name,
@@ -185,7 +206,7 @@ def _layout(path: Path) -> _Layout:
             encoding = meta.get("chunk_key_encoding", {"name": "default"})
             default = encoding["name"] == "default"
             separator = encoding.get("configuration", {}).get("separator", "/" if default else ".")
-            layout = _Layout(
+            layout = ArrayLayout(
                 tuple(map(int, meta["shape"])),
                 tuple(map(int, meta["chunk_grid"]["configuration"]["chunk_shape"])),
                 np.dtype(meta["data_type"]).name,
@@ -237,7 +258,10 @@ def _compose(stages: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[np.ndarray,
     """Return (scale, translation) of axis-aligned transformations applied one after the other, stage by stage.
 
     Within a stage OME-NGFF fixes the order scale, translation; writers do not always keep it, and mean it.
+    Raises ValueError if there is no scale: a voxel size is never assumed.
     """
+    if not any(transform["type"] == "scale" for stage in stages for transform in stage):
+        raise ValueError("no scale, so the voxel size is unknown")
     scale, translation = np.ones(3), np.zeros(3)
     for stage in stages:
         for kind in ("scale", "translation"):
@@ -266,9 +290,9 @@ def _first_damaged_chunk(array: "zarr.Array[Any]", level: Level, lower: Sequence
     return level.path
 
 
-def _chunk_range(level: Level, lower: Sequence[int], upper: Sequence[int]) -> tuple[list[int], list[int], _Layout]:
+def _chunk_range(level: Level, lower: Sequence[int], upper: Sequence[int]) -> tuple[list[int], list[int], ArrayLayout]:
     """Return first and last+1 index of the chunks that meet the voxels [lower, upper), and the array's layout."""
-    layout = _layout(Path(level.path))
+    layout = array_layout(Path(level.path))
     first = [lo // c for lo, c in zip(lower, layout.chunks, strict=True)]
     last = [-(-hi // c) for hi, c in zip(upper, layout.chunks, strict=True)]
     return first, last, layout
