@@ -13,6 +13,10 @@ class GeometryError(CellmapError):
     """Voxel sizes, boxes or levels do not fit together."""
 
 
+class BudgetError(GeometryError):
+    """A crop would take more memory on a grid than the configuration grants it."""
+
+
 class DataError(CellmapError):
     """One crop or volume cannot be used: unreadable, corrupt, unexpected dtype. Its neighbours go on without it."""
 

@@ -1,5 +1,7 @@
 """The sliding window: exact blending, bounded memory, edges, columns, and what it refuses."""
 
+import subprocess
+import sys
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -15,19 +17,8 @@ from hypothesis import strategies as st
 
 import cellmap_pipe.prediction
 from cellmap_pipe.errors import ConfigError, DataError
-from cellmap_pipe.prediction.sliding_window import (
-    ArraySource,
-    Box,
-    PredictionError,
-    _planes_needed,
-    axis_windows,
-    chunk_shape,
-    columns,
-    estimate_bytes,
-    make_plan,
-    predict_array,
-    stream,
-)
+from cellmap_pipe.prediction.plan import Box, axis_windows, columns, estimate_bytes, make_plan, planes_needed
+from cellmap_pipe.prediction.sliding_window import ArraySource, PredictionError, chunk_shape, predict_array, stream
 
 torch.set_num_threads(1)
 
@@ -120,6 +111,11 @@ def test_voxelwise_network_gives_itself(tmp_path: Path) -> None:
 
 def test_package_offers_predict_array() -> None:
     assert cellmap_pipe.prediction.predict_array is predict_array
+
+
+def test_a_plan_is_made_without_torch() -> None:
+    code = "import sys, cellmap_pipe.prediction.plan, cellmap_pipe.prepare.quality; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_only_the_classes_asked_for_are_kept_in_their_order() -> None:
@@ -233,7 +229,7 @@ def test_a_resumed_run_gives_the_same_bits() -> None:
 
     np.testing.assert_array_equal(run(128), run(0)[:, 128:])
     rows = plan[0].touching(128, 213)
-    assert _planes_needed(plan[0], rows, 85, 64).carry_type == _planes_needed(plan[0], [0, 1, 2], 213, 64).carry_type
+    assert planes_needed(plan[0], rows, 85, 64).carry_type == planes_needed(plan[0], [0, 1, 2], 213, 64).carry_type
 
 
 def test_bfloat16_logits_are_not_rounded_once_more() -> None:
