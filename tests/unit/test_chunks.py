@@ -13,9 +13,10 @@ from hypothesis.extra import numpy as hnp
 from cellmap_pipe.errors import CellmapError, ContractError, DataError
 from cellmap_pipe.geometry import Lattice
 from cellmap_pipe.prepare import chunks
-from cellmap_pipe.prepare.chunks import chunk_shard, nifti_slabs, sample_positions, write_index
-from cellmap_pipe.prepare.convert import convert_shard, read_nifti, write_nifti
+from cellmap_pipe.prepare.chunks import chunk_shard, sample_positions, write_index
+from cellmap_pipe.prepare.convert import convert_shard
 from cellmap_pipe.prepare.crops import write_crops
+from cellmap_pipe.prepare.nifti import read_nifti
 from cellmap_pipe.prepare.quality import write_quality
 from cellmap_pipe.prepare.store import Store, verify_store
 
@@ -80,8 +81,9 @@ class Run:
 
     def judge(self, drop=()):
         outputs = self.folder / "quality.csv", self.folder / "statistics.json"
-        settings = {"min_em_fraction": 0.5, "min_std": 2.0}
-        write_quality([self.folder / "convert.json"], *outputs, settings=settings, keep=[], drop=list(drop))
+        settings = {"min_em_fraction": 0.5, "min_std": 2.0, "max_train_gb": None, "max_predict_gb": None}
+        overrides = {"keep": [], "drop": list(drop)}
+        write_quality([self.folder / "convert.json"], *outputs, settings=settings, **overrides, context_nm=0, models=[])
 
     def chunk(self, context_nm=32.0, workers=1):
         out = self.folder / "chunks/shard0.json"
@@ -294,39 +296,6 @@ def test_statistics_of_another_run_are_refused(run):
     (run.folder / "statistics.json").write_text('{"datasets": {}}')
     with pytest.raises(ContractError, match="no statistics of fly"):
         run.index()
-
-
-# NIfTI in slabs
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_nifti_slabs_are_the_volume(tmp_path, monkeypatch, dtype):
-    volume = np.random.default_rng(1).integers(0, np.iinfo(dtype).max, (9, 5, 7)).astype(dtype)
-    write_nifti(tmp_path / "v.nii.gz", volume, Lattice((8, 8, 8), (0, 0, 0), volume.shape))
-    monkeypatch.setattr(chunks, "EM_SLAB_VOXELS", 80)
-    slabs = list(nifti_slabs(tmp_path / "v.nii.gz", volume.shape))
-    assert [len(slab) for slab in slabs] == [2, 2, 2, 2, 1]
-    np.testing.assert_array_equal(np.concatenate(slabs), volume)
-    with pytest.raises(ContractError, match=r"v\.nii\.gz: shape \(9, 5, 7\), expected \(9, 5, 8\)"):
-        list(nifti_slabs(tmp_path / "v.nii.gz", (9, 5, 8)))
-
-
-DAMAGES = {
-    "header": lambda content: content[:40],
-    "half": lambda content: content[: len(content) // 2],
-    "not gzip": lambda content: b"no gzip" + content,
-    "empty": lambda content: b"",
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_nifti_is_named(tmp_path, damage):
-    path = tmp_path / "v.nii.gz"
-    volume = np.random.default_rng(1).integers(0, 255, (9, 15, 17)).astype(np.uint8)
-    write_nifti(path, volume, Lattice((8, 8, 8), (0, 0, 0), volume.shape))
-    path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    with pytest.raises(ContractError, match=r"v\.nii\.gz: .*-R convert"):
-        list(nifti_slabs(path, volume.shape))
 
 
 # sampled positions

@@ -1,20 +1,22 @@
-import gzip
 import hashlib
 import json
 import shutil
+import tracemalloc
+from types import SimpleNamespace
 
-import nibabel
 import numpy as np
 import pytest
 
 from cellmap_pipe.config import RESULT_VERSIONS
 from cellmap_pipe.errors import CellmapError, ConfigError, ContractError
 from cellmap_pipe.files import digest
-from cellmap_pipe.geometry import Lattice
-from cellmap_pipe.prepare import convert
-from cellmap_pipe.prepare.convert import bulk_paths, convert_shard, read_nifti, shard_of, write_nifti
+from cellmap_pipe.prepare import convert, em, nifti
+from cellmap_pipe.prepare import labels as labels_module
+from cellmap_pipe.prepare.convert import bulk_paths, convert_shard, instance_path, scratch_arrays, shard_of
 from cellmap_pipe.prepare.crops import write_crops
 from cellmap_pipe.prepare.labels import decode_table
+from cellmap_pipe.prepare.nifti import read_nifti, write_nifti
+from cellmap_pipe.verify import verify_results
 
 CLASSES = ["pm", "mito", "nuc"]
 RNG = np.random.default_rng(3)
@@ -92,18 +94,6 @@ def test_a_crop_becomes_an_aligned_pair_and_a_record(project):
     assert json.loads(paths["record"].read_text()) == record
 
 
-def test_nifti_readers_see_x_first_and_nanometres_in_the_affine(tmp_path):
-    volume = np.arange(2 * 3 * 4, dtype=np.uint16).reshape(2, 3, 4)
-    write_nifti(tmp_path / "a.nii.gz", volume, Lattice((2.62, 2, 4), (23837.13, 7599, 35999), volume.shape))
-    image = nibabel.load(tmp_path / "a.nii.gz")
-    assert np.array_equal(np.asarray(image.dataobj), volume.T) and image.get_data_dtype() == np.uint16
-    expected = np.diag([4, 2, 2.62, 1])
-    expected[:3, 3] = [35999, 7599, 23837.13]
-    assert image.affine == pytest.approx(expected) and image.header.get_xyzt_units() == ("unknown", "unknown")
-    assert b"units nm" in bytes(image.header["descrip"])
-    assert np.array_equal(read_nifti(tmp_path / "a.nii.gz"), volume)
-
-
 def test_converting_again_gives_the_same_bytes_by_any_number_of_workers(project):
     project.convert()
     first, contract = project.files(), (project.folder / "shard.json").read_bytes()
@@ -118,7 +108,7 @@ def test_the_results_of_this_version_are_pinned(project):
     record = project.convert()["crop2"]
     paths = bulk_paths(project.nifti, "jrc_a/crop2")
     content = read_nifti(paths["image"]).tobytes() + read_nifti(paths["label"]).tobytes()
-    pinned = {1: "bc03f758d168b383"}
+    pinned = {2: "bc03f758d168b383"}
     assert (
         digest([hashlib.sha256(content).hexdigest(), record["table"], record["counts"]])[:16]
         == pinned[RESULT_VERSIONS["convert"]]
@@ -156,17 +146,21 @@ def wrong_dtype(path, ngff):
 
 
 @pytest.mark.parametrize(
-    "harm,cause",
+    "harm,kind,cause",
     [
-        (lambda crop, ngff: truncate(crop / "pm/s0/1/0/1"), "crop2/pm/s0/1/0/1: damaged chunk"),
-        (lambda crop, ngff: (crop / "pm/.zattrs").unlink(), "crop2/pm: no .zattrs"),
-        (lambda crop, ngff: wrong_dtype(crop / "nuc", ngff), "crop2/nuc/s0: labels of dtype float32"),
-        (lambda crop, ngff: [shutil.rmtree(crop / name) for name in ("pm", "nuc")], "nothing annotated"),
-        (lambda crop, ngff: (crop / "nuc/s0/.zarray").write_text("{"), "nuc/s0/.zarray: cannot be read as JSON"),
+        (lambda crop, ngff: truncate(crop / "pm/s0/1/0/1"), "unreadable", "crop2/pm/s0/1/0/1: damaged chunk"),
+        (lambda crop, ngff: (crop / "pm/.zattrs").unlink(), "unreadable", "crop2/pm: no .zattrs"),
+        (lambda crop, ngff: wrong_dtype(crop / "nuc", ngff), "unreadable", "crop2/nuc/s0: labels of dtype float32"),
+        (lambda crop, ngff: [shutil.rmtree(crop / name) for name in ("pm", "nuc")], "unannotated", "nothing annotated"),
+        (
+            lambda crop, ngff: (crop / "nuc/s0/.zarray").write_text("{"),
+            "unreadable",
+            "nuc/s0/.zarray: cannot be read as JSON",
+        ),
     ],
 )
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_bad_crop_is_recorded_and_the_others_go_on(project, ngff, harm, cause, workers):
+def test_a_bad_crop_is_recorded_and_the_others_go_on(project, ngff, harm, kind, cause, workers):
     project.convert()  # a good pair is there already: it must not outlive the fault
     harm(project.crop(2), ngff)
     records = project.convert(workers=workers)
@@ -176,7 +170,8 @@ def test_a_bad_crop_is_recorded_and_the_others_go_on(project, ngff, harm, cause,
         "crop3": "ok",
     }
     assert cause in records["crop2"]["cause"] and "\n" not in records["crop2"]["cause"]
-    assert records["crop2"]["files"] == {}
+    assert records["crop2"]["kind"] == kind and records["crop1"]["kind"] == ""
+    assert records["crop2"]["files"] == {} and records["crop2"]["instances"] == {}
     left = [name for name in project.files() if "crop2" in name]
     assert left == ["records/jrc_a_crop2.json"] and not any(".partial" in name for name in project.files())
 
@@ -242,6 +237,17 @@ def test_the_native_grid_is_the_labels_own(project):
 def test_a_grid_too_fine_for_the_data_fails_with_the_reason(project):
     records = project.convert(voxel_nm=[1, 1, 1])
     assert all("would be upsampled 8.00 times" in record["cause"] for record in records.values())
+    assert all(record["kind"] == "resolution mismatch" for record in records.values())
+
+
+def test_a_crop_over_the_budget_is_not_read_and_leaves_no_file(project, monkeypatch):
+    project.convert()
+    monkeypatch.setattr(convert, "read_em", None)  # nothing may ask for it
+    records = project.convert(max_train_gb=1e-6, context_nm=64)
+    assert {record["kind"] for record in records.values()} == {"too large for the memory budget"}
+    # 8^3 voxels with 8 of context on every side, image and labels: 2 x 24^3 bytes
+    assert "take 2.76e-05 GB with their context, quality.max_train_gb is 1e-06" in records["crop1"]["cause"]
+    assert not list((project.nifti / "images").glob("*.nii.gz"))
 
 
 def test_every_crop_has_one_owner_that_deletes_what_is_no_longer_listed(project):
@@ -262,10 +268,10 @@ def test_every_crop_has_one_owner_that_deletes_what_is_no_longer_listed(project)
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_fault_of_the_environment_is_raised_after_the_others_have_finished(project, monkeypatch, workers):
-    def full(path, *arguments):
+    def full(path, *arguments, **options):
         if "crop1" in str(path):
             raise OSError(28, "No space left on device")
-        return write_nifti(path, *arguments)
+        return write_nifti(path, *arguments, **options)
 
     monkeypatch.setattr(convert, "write_nifti", full)
     with pytest.raises(CellmapError, match=r"jrc_a/crop1: OSError: .*No space left"):
@@ -277,36 +283,123 @@ def test_a_fault_of_the_environment_is_raised_after_the_others_have_finished(pro
     }
 
 
+IDS = np.kron(np.array([[[0, 7], [300, 0]], [[7, 0], [0, 70000]]]), np.ones((8, 8, 8), int))
+
+
+def test_instance_ids_are_kept_on_the_grid(project, ngff):
+    ngff(project.crop(1) / "mito", IDS.astype(np.uint32), (4, 4, 4), [-2] * 3)
+    ngff(project.crop(2) / "mito", np.minimum(IDS, 300).astype(np.uint16), (4, 4, 4), [62] * 3)
+    records = project.convert()
+    assert records["crop1"]["instances"] == {"mito": 3} and records["crop3"]["instances"] == {}
+    assert list(records["crop1"]["files"]) == ["image", "instances/mito", "label"]
+    path = instance_path(project.nifti, "jrc_a/crop1", "mito")
+    assert path.relative_to(project.nifti).as_posix() == records["crop1"]["files"]["instances/mito"]["path"]
+    ids = read_nifti(path)
+    assert ids.dtype == np.uint32 and np.array_equal(ids, IDS[::2, ::2, ::2])
+    assert read_nifti(instance_path(project.nifti, "jrc_a/crop2", "mito")).dtype == np.uint16
+
+
+def test_instance_files_go_with_what_they_were_made_of(project, ngff, tmp_path):
+    def instances():
+        return [name for name in project.files() if name.startswith("instances/")]
+
+    ngff(project.crop(1) / "mito", IDS.astype(np.uint32), (4, 4, 4), [-2] * 3)
+    project.convert()
+    assert instances() == ["instances/jrc_a_crop1_mito.nii.gz"]
+    project.convert(classes=["pm", "nuc"])
+    assert instances() == []
+    project.convert()
+    (project.nifti / "instances/.partial-0123abc-jrc_a_crop1_mito.nii.gz").write_bytes(b"half")
+    truncate(project.crop(1) / "mito/s0/1/1/1")
+    assert project.convert()["crop1"]["status"] == "failed" and instances() == []
+    shutil.rmtree(project.crop(1) / "mito")
+    ngff(project.crop(1) / "mito", IDS.astype(np.uint32), (4, 4, 4), [-2] * 3)
+    project.convert()
+    shutil.rmtree(project.crop(1))
+    project.convert()
+    assert not any("crop1" in name for name in project.files())
+
+
+def test_verification_compares_the_instance_files_too(project, ngff, tmp_path):
+    ngff(project.crop(1) / "mito", IDS.astype(np.uint32), (4, 4, 4), [-2] * 3)
+    project.nifti = tmp_path / "nifti/8nm"
+    project.convert()
+    (tmp_path / "convert/8nm").mkdir(parents=True)
+    (project.folder / "shard.json").rename(tmp_path / "convert/8nm/shard0.json")
+    assert verify_results(tmp_path) == 1
+    path = instance_path(project.nifti, "jrc_a/crop1", "mito")
+    path.write_bytes(flip(path.read_bytes()))
+    with pytest.raises(ContractError, match=r"crop1_mito\.nii\.gz: damaged"):
+        verify_results(tmp_path)
+
+
 def flip(content):
     harmed = bytearray(content)
     harmed[len(harmed) // 2] ^= 0xFF
     return bytes(harmed)
 
 
-@pytest.mark.parametrize(
-    "harm",
-    [
-        lambda c: c[:-9],
-        lambda c: c[:100],
-        lambda c: b"",
-        lambda c: b"not a gzip file",
-        flip,
-        lambda c: gzip.compress(gzip.decompress(c)[:-1]),
-        lambda c: gzip.compress(gzip.decompress(c) + b"x"),
-        lambda c: gzip.compress(b"\0" * 400),
-    ],
-)
-def test_a_corrupt_nifti_is_named_with_the_remedy(tmp_path, harm):
-    path = tmp_path / "a.nii.gz"
-    write_nifti(path, EM, Lattice((8, 8, 8), (0, 0, 0), EM.shape))
-    path.write_bytes(harm(path.read_bytes()))
-    with pytest.raises(ContractError, match=r"a\.nii\.gz: .*-R convert"):
-        read_nifti(path)
+def test_a_mask_that_changes_converts_its_crop_anew(project, ngff):
+    before = project.convert()
+    ngff(project.crop(1) / "pm_mask", np.zeros_like(LABELS), (4, 4, 4), [-2] * 3)
+    after = project.convert()
+    assert after["crop1"]["annotated"] == ["pm", "nuc"]
+    assert after["crop1"]["counts"]["pm"]["present"] == 0 < before["crop1"]["counts"]["pm"]["present"]
+    assert after["crop2"] == before["crop2"]
 
 
-def test_a_missing_nifti_or_another_dtype_is_named(tmp_path):
-    with pytest.raises(ContractError, match="nowhere"):
-        read_nifti(tmp_path / "nowhere.nii.gz")
-    nibabel.save(nibabel.Nifti1Image(np.zeros((2, 2, 2), np.float32), np.eye(4)), tmp_path / "f.nii.gz")
-    with pytest.raises(ContractError, match="dtype float32"):
-        read_nifti(tmp_path / "f.nii.gz")
+def test_contradictions_are_no_warnings(project, ngff):
+    ngff(project.crop(1) / "mito", np.zeros_like(LABELS), (4, 4, 4), [-2] * 3)
+    ngff(project.crop(1) / "mito_mem", LABELS, (4, 4, 4), [-2] * 3)
+    record = project.convert(classes=[*CLASSES, "mito_mem"])["crop1"]
+    assert any("mito_mem" in text for text in record["contradictions"])
+    assert not set(record["contradictions"]) & set(record["warnings"])
+
+
+def test_crops_in_scratch_files_give_the_same_bytes_and_leave_none(project, monkeypatch):
+    project.convert()
+    first = project.files()
+    shutil.rmtree(project.nifti)
+    monkeypatch.setattr(convert, "SCRATCH_BYTES", 0)
+    project.convert()
+    assert project.files() == first
+
+
+def test_scratch_arrays_have_no_name(tmp_path, monkeypatch):
+    scratch = scratch_arrays(tmp_path / "images", "a.nii.gz")
+    assert not isinstance(scratch((2, 3, 4), np.uint16), np.memmap)
+    monkeypatch.setattr(convert, "SCRATCH_BYTES", 47)
+    volume = scratch((2, 3, 4), np.uint16)
+    assert isinstance(volume, np.memmap) and volume.shape == (2, 3, 4) and not volume.any()
+    volume[1] = 5
+    assert volume.sum() == 60 and list((tmp_path / "images").iterdir()) == []
+
+
+def test_memory_does_not_grow_with_the_crop(project, ngff, monkeypatch):
+    shape = (384, 64, 64)
+    labels = np.zeros(shape, np.uint8)
+    labels[::7, ::5] = 1
+    shutil.rmtree(project.folder / "data/jrc_a/jrc_a.zarr/em")
+    ngff(project.folder / "data/jrc_a/jrc_a.zarr/em", labels * 50, (8, 8, 8), (0, 0, 0), chunks=(8, 64, 64))
+    for number in (1, 2, 3):
+        shutil.rmtree(project.crop(number))
+    for name in ("pm", "mito", "nuc"):
+        ngff(project.crop(1) / name, labels, (4, 4, 4), (0, 0, 0), chunks=(8, 64, 64))
+    for module, name, value in (
+        (convert, "SCRATCH_BYTES", 2**16),
+        (em, "SLAB_VOXELS", 2**15),
+        (labels_module, "SLAB_VOXELS", 2**15),
+        (nifti, "_MEMBER_BYTES", 2**16),
+        (nifti, "_READ_BYTES", 2**16),
+    ):
+        monkeypatch.setattr(module, name, value)
+    certificate = SimpleNamespace(to_dict=dict)  # it needs memory of its own, whatever the crop's size
+    monkeypatch.setattr(convert, "register", lambda *arguments, **options: certificate)
+    tracemalloc.start()
+    try:
+        record = project.convert(voxel_nm=[4, 4, 4])["crop1"]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert record["status"] == "ok" and record["counts"]["pm"]["present"] > 0
+    assert peak < 0.8 * np.prod(shape)  # image and label map alone would need two bytes per voxel

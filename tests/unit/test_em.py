@@ -103,6 +103,41 @@ def test_voxels_of_chunks_that_were_not_downloaded_are_invalid(image, tmp_path):
     assert np.array_equal(~block.valid, z[:, None, None] & y[None, :, None] & x[None, None, :])
 
 
+@pytest.fixture(scope="module")
+def sparse(images, tmp_path_factory):
+    """EM of which a few chunks are not on disk."""
+    path = tmp_path_factory.mktemp("sparse") / "em"
+    shutil.copytree(images[0].path, path)
+    for key in ("0/0/0", "1/2/1", "2/3/3"):
+        (path / "s0" / key).unlink()
+    return read_image(path)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    st.tuples(*[st.sampled_from([0.5, 0.7, 1.0, 1.9])] * 3),
+    st.tuples(*[st.integers(-40, 60)] * 3),
+    st.tuples(*[st.integers(1, 40)] * 3),
+    st.sampled_from([1, 300, 3000]),
+)
+def test_tiles_of_any_size_give_the_same_em_and_validity(sparse, factors, start, shape, budget):
+    target = Lattice([f * v for f, v in zip(factors, VOXEL, strict=True)], np.add(ORIGIN, start), shape)
+    whole = read_em(sparse, target, max_upsample=4)
+    made = []
+
+    def scratch(*arguments):
+        made.append(np.full(*arguments[:1], 77, *arguments[1:]))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(em_module, "SLAB_VOXELS", budget)
+        tiled = read_em(sparse, target, max_upsample=4, scratch=scratch)
+    assert tiled.image is made[0] and (tiled.valid is None) == (whole.valid is None)
+    assert whole.valid is None or np.array_equal(tiled.valid, whole.valid)
+    assert np.abs(tiled.image.astype(int) - whole.image).max() <= 1  # sums of float32 in another order
+    assert tiled.valid is None or not tiled.image[~tiled.valid].any()
+
+
 def test_a_level_that_was_not_downloaded_gives_way_to_another(image, tmp_path):
     path = copied(image, tmp_path)
     shutil.rmtree(path / "s1" / "0")

@@ -7,7 +7,6 @@ does not grow with the crop. `prepare.store` reads what this module writes.
 
 import json
 import logging
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,10 +17,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from isal import igzip, igzip_lib
-from nibabel import Nifti1Header
-from nibabel.spatialimages import HeaderDataError
-from nibabel.wrapstruct import WrapStructError
 
 from cellmap_pipe.config import RESULT_VERSIONS
 from cellmap_pipe.errors import ContractError, DataError
@@ -41,6 +36,8 @@ from cellmap_pipe.prepare.convert import map_isolated
 from cellmap_pipe.prepare.em import read_em
 from cellmap_pipe.prepare.labels import PRESENT, UNKNOWN, UNKNOWN_ROW, decode_table
 from cellmap_pipe.prepare.ngff import Image, chunk_files, read_image
+from cellmap_pipe.prepare.nifti import CONVERT_REMEDY, nifti_slabs, slab_ranges
+from cellmap_pipe.prepare.plan import grown_box
 from cellmap_pipe.prepare.quality import KEEP, read_verdicts
 from cellmap_pipe.prepare.resample import lattice_weights
 from cellmap_pipe.prepare.store import FORMAT_VERSION, pack_index
@@ -56,18 +53,7 @@ ANY_KNOWN = -1
 EM_SLAB_VOXELS = 2**25
 LABEL_SLAB_VOXELS = 2**22
 
-CONVERT_REMEDY = "make it again with `snakemake -R convert`"
 CHUNK_REMEDY = "make it again with `snakemake -R chunk`"
-
-# What isal and nibabel raise on a file that is not what it should be.
-_UNREADABLE: tuple[Any, ...] = (
-    EOFError,
-    ValueError,
-    igzip.BadGzipFile,
-    igzip_lib.IsalError,
-    HeaderDataError,
-    WrapStructError,
-)
 
 Record = dict[str, Any]
 Array = npt.NDArray[Any]
@@ -188,7 +174,7 @@ def chunk_crop(record: Record, settings: ChunkSettings) -> Record:
     sidecar = settings.store_dir / f"{store_stem(crop)}.json"
     box = Lattice.from_dict(record["lattice"])
     image = _pinned_image(record, settings) if settings.context_nm > 0 else None
-    lattice, offset = grown_box(box, image, settings.context_nm) if image else (box, (0, 0, 0))
+    lattice, offset = grown_box(box, image.levels[0].lattice, settings.context_nm) if image else (box, (0, 0, 0))
     input_digest = digest(
         {
             "version": [FORMAT_VERSION, RESULT_VERSIONS["chunk"], settings.revision],
@@ -237,43 +223,6 @@ def chunk_crop(record: Record, settings: ChunkSettings) -> Record:
     return result
 
 
-def grown_box(box: Lattice, image: Image, context_nm: float) -> tuple[Lattice, tuple[int, int, int]]:
-    """Return `box` grown by `context_nm`, rounded up to whole voxels, and the voxel of it where `box` begins.
-
-    It grows no further than the EM reaches with whole voxels, and never shrinks.
-    """
-    reach = image.levels[0].lattice
-    wanted = [math.ceil(context_nm / v - 1e-6) for v in box.voxel_nm]
-    room_before = [(lo - em) / v for lo, em, v in zip(box.lower_nm, reach.lower_nm, box.voxel_nm, strict=True)]
-    room_after = [(em - hi) / v for hi, em, v in zip(box.upper_nm, reach.upper_nm, box.voxel_nm, strict=True)]
-    before = [max(0, min(w, math.floor(room + 1e-6))) for w, room in zip(wanted, room_before, strict=True)]
-    after = [max(0, min(w, math.floor(room + 1e-6))) for w, room in zip(wanted, room_after, strict=True)]
-    return box.padded(before, after), (before[0], before[1], before[2])
-
-
-def nifti_slabs(path: str | os.PathLike[str], shape: Sequence[int]) -> Iterator[Array]:
-    """Yield the voxels of a `.nii.gz` file slab by slab along z, each (z, y, x), without holding the whole volume.
-
-    shape: what it must hold, (z, y, x). The file stores x fastest: its bytes are those of a (z, y, x) array in C order.
-    Raises ContractError if the file is damaged or of another shape.
-    """
-    try:
-        with igzip.open(path, "rb") as stream:
-            header = Nifti1Header.from_fileobj(stream, check=False)
-            if tuple(header.get_data_shape()[::-1]) != tuple(shape):
-                raise ContractError(
-                    f"{path}: shape {header.get_data_shape()[::-1]}, expected {tuple(shape)}; {CONVERT_REMEDY}"
-                )
-            stream.read(int(header["vox_offset"]) - stream.tell())
-            dtype = header.get_data_dtype()
-            for first, last in _slab_ranges(shape, EM_SLAB_VOXELS):
-                voxels = (last - first) * shape[1] * shape[2]
-                data = stream.read(voxels * dtype.itemsize)
-                yield np.frombuffer(data, dtype, voxels).reshape(last - first, *shape[1:])
-    except _UNREADABLE as error:
-        raise ContractError(f"{path}: damaged ({error}); {CONVERT_REMEDY}") from error
-
-
 def sample_positions(
     label: Array,
     table: npt.NDArray[np.uint8],
@@ -290,7 +239,7 @@ def sample_positions(
     rng = np.random.default_rng(seed)
     shape = label.shape
     in_row = np.zeros(len(table), np.int64)
-    for first, last in _slab_ranges(shape, LABEL_SLAB_VOXELS):
+    for first, last in slab_ranges(shape, LABEL_SLAB_VOXELS):
         in_row += np.bincount(label[first:last].ravel(), minlength=len(table))
     members = [(ANY_KNOWN, (table != UNKNOWN).any(axis=1), known)]
     members += [(column, table[:, column] == PRESENT, per_class) for column in range(table.shape[1])]
@@ -308,7 +257,7 @@ def sample_positions(
     column, row, number = np.concatenate(draws).T
     flat = np.zeros(len(column), np.int64)
     seen = np.zeros(len(table), np.int64)
-    for first, last in _slab_ranges(shape, LABEL_SLAB_VOXELS):
+    for first, last in slab_ranges(shape, LABEL_SLAB_VOXELS):
         slab = label[first:last].ravel()
         by_row = np.argsort(slab, kind="stable")
         counts = np.bincount(slab, minlength=len(table))
@@ -340,7 +289,7 @@ def _em_identity(image: Image, lattice: Lattice) -> dict[str, Any]:
 
 
 def _em_slabs(image: Image, lattice: Lattice, max_upsample: float) -> Iterator[Array]:
-    for first, last in _slab_ranges(lattice.shape, EM_SLAB_VOXELS):
+    for first, last in slab_ranges(lattice.shape, EM_SLAB_VOXELS):
         window = lattice.window((first, 0, 0), (last - first, *lattice.shape[1:]))
         yield read_em(image, window, max_upsample=max_upsample).image
 
@@ -362,15 +311,8 @@ def _padded_slabs(
 
 
 def _unknown_planes(count: int, shape: Sequence[int], dtype: np.dtype[Any]) -> Iterator[Array]:
-    for first, last in _slab_ranges((count, *shape[1:]), EM_SLAB_VOXELS):
+    for first, last in slab_ranges((count, *shape[1:]), EM_SLAB_VOXELS):
         yield np.full((last - first, *shape[1:]), UNKNOWN_ROW, dtype)
-
-
-def _slab_ranges(shape: Sequence[int], max_voxels: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges [first, last) of planes along z with at most `max_voxels` voxels, one plane at least."""
-    depth = max(1, max_voxels // (shape[1] * shape[2]))
-    for first in range(0, shape[0], depth):
-        yield first, min(first + depth, shape[0])
 
 
 def _write_npy(path: Path, dtype: np.dtype[Any], shape: Sequence[int], slabs: Iterator[Array]) -> None:

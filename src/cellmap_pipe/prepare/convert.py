@@ -1,32 +1,33 @@
 """Conversion of crops to NIfTI pairs on a grid: EM as uint8, labels as label map, and a record of what was found.
 
-One shard converts the crops that hash to it. Per crop three files are written under the folder of the grid:
-`images/{dataset}_crop{N}_0000.nii.gz`, `labels/{dataset}_crop{N}.nii.gz`, and last its
-record, `records/{dataset}_crop{N}.json`, which the shard's JSON collects. A crop whose inputs and settings are those of
-its record is not converted again.
+One shard converts the crops that hash to it. Per crop these files are written under the folder of the grid:
+`images/{dataset}_crop{N}_0000.nii.gz`, `labels/{dataset}_crop{N}.nii.gz`, `instances/{dataset}_crop{N}_{class}.nii.gz`
+where the source holds instance ids, and last its record, `records/{dataset}_crop{N}.json`, which the shard's JSON
+collects. A crop whose inputs and settings are those of its record is not converted again.
 
-NIfTI: first axis x, then y, z (arrays in this library are z, y, x); voxel size and position of voxel 0's centre in the
-affine are numbers in nm. NIfTI knows no nanometre, so xyzt_units is "unknown" and `descrip` says it.
+Crops may be larger than memory: voxels are read, resampled, counted and written slab by slab. The few arrays as large
+as a crop lie in temporary files where they are large, without a name, so that nothing is left of a killed run.
 """
 
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import closing
 from dataclasses import dataclass
-from io import BytesIO
+from glob import escape
+from math import prod
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
-from isal import igzip
-from nibabel import Nifti1Header
 
+from cellmap_pipe.classes import get_class
 from cellmap_pipe.config import RESULT_VERSIONS
-from cellmap_pipe.errors import CellmapError, ConfigError, ContractError, DataError, GeometryError
+from cellmap_pipe.errors import BudgetError, CellmapError, ConfigError, ContractError, DataError, GeometryError
 from cellmap_pipe.files import (
     canonical_json,
     check_file,
@@ -34,7 +35,6 @@ from cellmap_pipe.files import (
     digest,
     file_digest,
     read_json,
-    replacing,
     write_json,
     write_text,
 )
@@ -45,22 +45,32 @@ from cellmap_pipe.prepare.labels import (
     LabelArray,
     as_mapping,
     build_label_map,
+    count_ids,
     count_states,
     count_values,
     empty_means,
     encode_table,
     is_empty,
+    resample_ids,
 )
 from cellmap_pipe.prepare.labels import read_label as _read_label
 from cellmap_pipe.prepare.ngff import Image, Level, chunk_files, read_image
+from cellmap_pipe.prepare.nifti import read_nifti, write_nifti, write_nifti_slabs
+from cellmap_pipe.prepare.plan import check_budget, target_lattice
 from cellmap_pipe.prepare.registration import register
 from cellmap_pipe.prepare.resample import lattice_weights
 
 logger = logging.getLogger(__name__)
 
-DESCRIPTION = b"units nm; voxel axes x,y,z; offset = centre of voxel 0"
-_HEADER_BYTES = 352  # NIfTI-1 header and its empty extension flag
-_WRITE_BYTES = 8 * 1024**2
+# Whole-crop arrays of more bytes lie in a file: the system can write its pages out when memory is short.
+SCRATCH_BYTES = 256 * 1024**2
+
+_SUFFIXES = {"images": "_0000.nii.gz", "labels": ".nii.gz", "instances": ".nii.gz", "records": ".json"}
+
+# Name of an instance file: dataset, crop, class. Neither a crop's name nor the word "crop" has an underscore.
+_INSTANCE_NAME = re.compile(r"(?P<dataset>.+)_(?P<crop>crop[^_]+)_(?P<name>.+)\.nii\.gz")
+
+__all__ = ["Settings", "bulk_paths", "convert_shard", "map_isolated", "read_nifti", "shard_of", "write_nifti"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,7 @@ class Settings:
     """What determines a conversion besides its input: grid, voxel size in nm (None: the labels' own), classes, bounds.
 
     labels: `empty`, `empty_by_class`, `empty_by_crop`: whether an all-zero array means "absent" or "unknown".
+    context_nm, max_train_gb: see `plan.check_budget`; they decide whether a crop is converted, not how.
     """
 
     grid: str
@@ -76,6 +87,8 @@ class Settings:
     labels: dict[str, Any]
     max_upsample: float
     revision: int = 0
+    context_nm: float = 0
+    max_train_gb: float | None = None
 
     def empty_means(self, crop: str, name: str) -> str:
         """Return what an all-zero array means, "absent" or "unknown"; see `labels.empty_means`."""
@@ -102,10 +115,14 @@ def convert_shard(
     nifti_dir: str | Path,
     workers: int,
     revision: int = 0,
+    context_nm: float = 0,
+    max_train_gb: float | None = None,
 ) -> None:
     """Convert the crops of one shard and write their records to `out_json`: {grid, voxel_nm, classes, records}.
 
-    voxel_nm: (z, y, x) in nm, or "native" for each crop's own label voxel. workers: processes, one crop each.
+    voxel_nm: (z, y, x) in nm, or "native" for each crop's own label voxel. workers: processes, one crop each; where
+    there are fewer crops, threads that compress. context_nm, max_train_gb: a crop that would take more in the training
+    store is not converted.
     A crop that cannot be used is recorded as failed, with its cause. Any other fault (disk full, memory, a bug) lets
     the other crops finish and is raised then, naming the crop; `out_json` is not written.
     """
@@ -113,10 +130,13 @@ def convert_shard(
     if isinstance(voxel_nm, str) and voxel_nm != "native":
         raise ConfigError(f"grids.{grid_name}.voxel_nm: '{voxel_nm}' is neither three numbers (z, y, x) nor 'native'")
     voxel = None if isinstance(voxel_nm, str) else vec3(voxel_nm)
-    settings = Settings(grid_name, voxel, tuple(classes), dict(labels), float(max_upsample), revision)
+    settings = Settings(
+        grid_name, voxel, tuple(classes), dict(labels), float(max_upsample), revision, context_nm, max_train_gb
+    )
     rows = [row for row in read_crops(crops_csv) if shard_of(row["crop"], shards) == shard]
     _remove_unlisted(folder, {row["crop"] for row in rows}, shard, shards)
-    records = map_isolated(_convert_recorded, [(row, root, folder, settings) for row in rows], workers)
+    threads = max(1, workers // max(1, len(rows)))
+    records = map_isolated(_convert_recorded, [(row, root, folder, settings, threads) for row in rows], workers)
     for record in records:
         log = logger.info if record["status"] == "ok" else logger.warning
         log("%s: %s %s", record["crop"], record["status"], record["cause"])
@@ -132,72 +152,39 @@ def convert_shard(
 
 def bulk_paths(folder: Path, crop: str) -> dict[str, Path]:
     """Return the files of a crop under the folder of its grid: image, label, record."""
-    stem = crop.replace("/", "_")
-    return {
-        "image": folder / "images" / f"{stem}_0000.nii.gz",
-        "label": folder / "labels" / f"{stem}.nii.gz",
-        "record": folder / "records" / f"{stem}.json",
-    }
+    kinds = {"image": "images", "label": "labels", "record": "records"}
+    return {kind: folder / sub / f"{_stem(crop)}{_SUFFIXES[sub]}" for kind, sub in kinds.items()}
 
 
-def write_nifti(path: str | Path, volume: np.ndarray, lattice: Lattice) -> None:
-    """Write `volume` (uint8 or uint16, z, y, x) on `lattice` atomically as .nii.gz; equal input gives equal bytes.
+def instance_path(folder: Path, crop: str, name: str) -> Path:
+    """Return the file of a crop's instance ids of the class `name` under the folder of its grid."""
+    return folder / "instances" / f"{_stem(crop)}_{name}{_SUFFIXES['instances']}"
 
-    Raises DataError if an axis is longer than NIfTI-1 can say (32767).
+
+def scratch_arrays(folder: Path, name: str) -> Callable[[Sequence[int], type[np.generic]], np.ndarray]:
+    """Return a function of shape and dtype that allocates as np.empty does, large arrays in a file in `folder`.
+
+    Those of more than SCRATCH_BYTES. The file loses its name (`.partial-*` and `name`) at once and goes with the array.
     """
-    if max(volume.shape) > np.iinfo(np.int16).max:
-        raise DataError(f"{path}: shape {volume.shape} does not fit into NIfTI-1 (32767 per axis); use a coarser grid")
-    header = Nifti1Header(endianness="<")
-    header.set_data_dtype(volume.dtype)
-    header.set_data_shape(volume.shape[::-1])
-    affine = np.diag([*lattice.voxel_nm[::-1], 1.0])
-    affine[:3, 3] = lattice.translation_nm[::-1]
-    header.set_qform(affine, code="aligned")
-    header.set_sform(affine, code="aligned")
-    header.set_xyzt_units("unknown", "unknown")
-    header["descrip"] = DESCRIPTION
-    header["vox_offset"] = _HEADER_BYTES
-    header.set_slope_inter(1, 0)
-    planes = max(1, _WRITE_BYTES // max(1, volume[:1].nbytes))
-    with (
-        replacing(path) as partial,
-        open(partial, "wb") as raw,
-        # name and time stay out of the gzip header; x runs fastest in our arrays as in NIfTI's, so the order is right
-        closing(igzip.IGzipFile(filename="", mode="wb", compresslevel=2, fileobj=raw, mtime=0)) as stream,
-    ):
-        stream.write(header.binaryblock + b"\0\0\0\0")
-        for z in range(0, len(volume), planes):
-            stream.write(np.ascontiguousarray(volume[z : z + planes], volume.dtype.newbyteorder("<")).data)
+
+    def allocate(shape: Sequence[int], dtype: type[np.generic]) -> np.ndarray:
+        size = prod(shape) * np.dtype(dtype).itemsize
+        if size <= SCRATCH_BYTES:
+            return np.empty(shape, dtype)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f".partial-{uuid4().hex}-{name}"
+        with open(path, "w+b") as stream:
+            path.unlink()
+            # a full disk is an error here; met while writing to the map it would kill the process
+            os.posix_fallocate(stream.fileno(), 0, size)
+            return np.memmap(stream, dtype, "r+", shape=tuple(shape))
+
+    return allocate
 
 
-def read_nifti(path: str | Path) -> np.ndarray:
-    """Return the volume that `write_nifti` wrote, uint8 or uint16 (z, y, x), checked against gzip's own checksum.
-
-    Raises ContractError, naming the file and the remedy, if it is missing, truncated or damaged.
-    """
-    try:
-        with igzip.open(path, "rb") as stream:
-            header = Nifti1Header.from_fileobj(BytesIO(stream.read(_HEADER_BYTES)))
-            volume = np.empty(header.get_data_shape()[::-1], header.get_data_dtype())
-            view = volume.reshape(-1).view(np.uint8).data
-            filled = 0
-            while filled < len(view) and (n := stream.readinto(view[filled:])):
-                filled += n
-            if filled < len(view) or stream.read(1):
-                raise ValueError(f"{filled} bytes of voxels, {len(view)} expected")
-    except MemoryError:
-        raise
-    except Exception as error:  # gzip, header and sizes each fail in their own way; all mean a damaged file
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ContractError(f"{path}: not a readable NIfTI file ({reason}); make it anew with -R convert") from error
-    if volume.dtype not in (np.uint8, np.uint16):
-        raise ContractError(
-            f"{path}: voxels of dtype {volume.dtype}, uint8 or uint16 expected; run again with -R convert"
-        )
-    return volume
-
-
-def _convert_recorded(row: dict[str, str], root: Path, folder: Path, settings: Settings) -> dict[str, Any]:
+def _convert_recorded(
+    row: dict[str, str], root: Path, folder: Path, settings: Settings, threads: int
+) -> dict[str, Any]:
     """Return the record of one crop, converted if it is not there yet; a data fault becomes its cause."""
     paths = bulk_paths(folder, row["crop"])
     record: dict[str, Any] = {
@@ -205,6 +192,7 @@ def _convert_recorded(row: dict[str, str], root: Path, folder: Path, settings: S
         "dataset": row["dataset"],
         "grid": settings.grid,
         "status": "failed",
+        "kind": "",
         "cause": "",
         "em": row["em"],
         "lattice": None,
@@ -217,6 +205,8 @@ def _convert_recorded(row: dict[str, str], root: Path, folder: Path, settings: S
         "source_counts": {},
         "counts": {},
         "overlaps": {},
+        "contradictions": [],
+        "instances": {},
         "em_valid_fraction": 0.0,
         "em_inside_fraction": 0.0,
         "em_stats": None,
@@ -226,28 +216,37 @@ def _convert_recorded(row: dict[str, str], root: Path, folder: Path, settings: S
         "input_digest": "",
     }
     try:
-        earlier = _convert(row, root, folder, settings, record)
+        earlier = _convert(row, root, folder, settings, record, threads)
         if earlier is not None:
             return earlier
     except (DataError, GeometryError) as error:
+        record["kind"] = record["kind"] or _kind(error)
         record["cause"] = str(error)
         record["files"] = {}
-        for kind in ("image", "label"):
-            paths[kind].unlink(missing_ok=True)
+        record["instances"] = {}
+        for path in (paths["image"], paths["label"], *_instance_files(folder, row["crop"])):
+            path.unlink(missing_ok=True)
     write_json(paths["record"], record)
     return record
 
 
+def _kind(error: Exception) -> str:
+    """Return the word for why a crop could not be converted."""
+    if isinstance(error, BudgetError):
+        return "too large for the memory budget"
+    return "resolution mismatch" if isinstance(error, GeometryError) else "unreadable"
+
+
 def _convert(
-    row: dict[str, str], root: Path, folder: Path, settings: Settings, record: dict[str, Any]
+    row: dict[str, str], root: Path, folder: Path, settings: Settings, record: dict[str, Any], threads: int
 ) -> dict[str, Any] | None:
-    """Fill in `record` and write the crop's NIfTI pair; return the earlier record instead if nothing has changed."""
+    """Fill in `record` and write the crop's NIfTI files; return the earlier record instead if nothing has changed."""
     labels = _open_labels(root / row["labels"], row["crop"], settings, record)
     label_lattice = labels[0].level.lattice
     record["label_lattice"] = label_lattice.to_dict()
-    voxel_nm = settings.voxel_nm or label_lattice.voxel_nm
-    target = Lattice.covering(label_lattice.lower_nm, label_lattice.upper_nm, voxel_nm)
+    target = target_lattice(label_lattice, settings.voxel_nm)
     record["lattice"] = target.to_dict()
+    check_budget(target, settings.context_nm, settings.max_train_gb)
     image = read_image(root / row["em"])
     record["em_inside_fraction"] = round(label_lattice.overlap_fraction(image.levels[0].lattice), 6)
     record["input_digest"] = _input_digest(labels, image, target, settings, row["crop"], record["annotated"])
@@ -256,27 +255,69 @@ def _convert(
     if earlier is not None:
         return earlier
 
-    em = read_em(image, target, max_upsample=settings.max_upsample)
+    scratch = scratch_arrays(paths["image"].parent, paths["image"].name)
+    em = read_em(image, target, max_upsample=settings.max_upsample, scratch=scratch)
     level = next(level for level in image.levels if Path(level.path).name == em.level)
     record["em_level"] = {"path": em.level, "voxel_nm": list(level.lattice.voxel_nm), "factors": list(em.factors)}
-    record["em_valid_fraction"] = 1.0 if em.valid is None else round(float(em.valid.mean()), 6)
+    record["em_valid_fraction"] = 1.0 if em.valid is None else round(np.count_nonzero(em.valid) / em.valid.size, 6)
     record["em_stats"] = _em_stats(em)
-    label_map = build_label_map(labels, target, settings.classes, valid=em.valid, max_upsample=settings.max_upsample)
+    label_map = build_label_map(
+        labels, target, settings.classes, valid=em.valid, max_upsample=settings.max_upsample, scratch=scratch
+    )
     record["source_counts"] |= label_map.source_counts
     record["overlaps"] = label_map.overlaps
+    record["contradictions"] = label_map.contradictions
     used = np.flatnonzero(count_values(label_map.rows, len(label_map.table)))
     record["table"] = encode_table(label_map.table, used)
     record["label_dtype"] = label_map.rows.dtype.name
     record["counts"] = count_states(label_map.rows, label_map.table, settings.classes)
-    registration = register(em.image, label_map.rows, label_map.table, settings.classes, em.valid)
+    registration = register(
+        em.image, label_map.rows, label_map.table, settings.classes, em.valid, voxel_nm=target.voxel_nm
+    )
     record["registration"] = registration.to_dict()
-    record["warnings"] += _warnings(labels, label_map.source_counts, label_map.overlaps, label_map.contradictions)
+    record["warnings"] += _warnings(labels, label_map.source_counts, label_map.overlaps)
 
-    write_nifti(paths["image"], em.image, target)
-    write_nifti(paths["label"], label_map.rows, target)
+    write_nifti(paths["image"], em.image, target, threads=threads)
+    write_nifti(paths["label"], label_map.rows, target, threads=threads)
     record["files"] = {kind: describe_file(paths[kind], folder) for kind in ("image", "label")}
+    _write_instances(labels, row["crop"], target, folder, settings, record, threads)
     record["status"] = "ok"
     return None
+
+
+def _write_instances(
+    labels: Iterable[LabelArray],
+    crop: str,
+    target: Lattice,
+    folder: Path,
+    settings: Settings,
+    record: dict[str, Any],
+    threads: int,
+) -> None:
+    """Write the ids of the configured classes whose arrays hold any, and delete those of an earlier conversion."""
+    earlier = set(_instance_files(folder, crop))
+    for label in labels:
+        marked = record["source_counts"][label.name]["present"]
+        if label.name not in settings.classes or not _has_instances(label) or not marked:
+            continue
+        path = instance_path(folder, crop, label.name)
+        slabs = (slab for _, _, slab in resample_ids(label, target))
+        write_nifti_slabs(path, slabs, target, threads=threads)
+        record["instances"][label.name] = count_ids(label)
+        record["files"][f"instances/{label.name}"] = describe_file(path, folder)
+        earlier.discard(path)
+    for path in earlier:
+        path.unlink(missing_ok=True)
+
+
+def _has_instances(label: LabelArray) -> bool:
+    """Return whether the array's values are ids: its metadata say so, or else the class is one of instances."""
+    kind = as_mapping(label.attributes["cellmap"]["annotation"].get("annotation_type"))
+    return get_class(label.name).instance and kind.get("type") != "semantic_segmentation"
+
+
+def _instance_files(folder: Path, crop: str) -> list[Path]:
+    return sorted((folder / "instances").glob(f"{escape(_stem(crop))}_*{_SUFFIXES['instances']}"))
 
 
 def _open_labels(path: Path, crop: str, settings: Settings, record: dict[str, Any]) -> list[LabelArray]:
@@ -298,6 +339,7 @@ def _open_labels(path: Path, crop: str, settings: Settings, record: dict[str, An
             labels.append(label)
     record["annotated"] = [label.name for label in labels]
     if not labels:
+        record["kind"] = "unannotated"
         raise DataError("nothing annotated")
     if set(settings.classes) <= set(record["annotated"]):
         labels = [label for label in labels if label.name in settings.classes]
@@ -317,7 +359,8 @@ def _input_digest(
     weights = lattice_weights(level.lattice, target)
     chunks: dict[str, tuple[Level, Sequence[int], Sequence[int]]]
     chunks = {"em": (level, [w.start for w in weights], [w.stop for w in weights])}
-    chunks |= {label.name: (label.level, [0, 0, 0], label.level.lattice.shape) for label in labels}
+    for label in labels:
+        chunks |= {name: (part, [0, 0, 0], part.lattice.shape) for name, part in label.levels.items()}
     return digest(
         {
             "version": [RESULT_VERSIONS["convert"], settings.revision],
@@ -374,28 +417,41 @@ def _warnings(
     labels: Sequence[LabelArray],
     counts: Mapping[str, Mapping[str, int]],
     overlaps: Mapping[str, int],
-    contradictions: Sequence[str],
 ) -> list[str]:
     found = [f"{pair.replace('+', ' and ')} are both marked in {n} voxels" for pair, n in overlaps.items()]
-    found += contradictions
     for label in labels:
+        if label.mask is not None:
+            continue  # what a mask leaves out is unknown, and its metadata do not count it
         stated = as_mapping(label.attributes["cellmap"]["annotation"].get("complement_counts"))
-        for word in ("absent", "unknown"):
-            if word in stated and stated[word] != counts[label.name][word]:
-                found.append(f"{label.name}: {counts[label.name][word]} voxels {word}, its metadata say {stated[word]}")
+        found += [
+            f"{label.name}: {counts[label.name][word]} voxels {word}, its metadata say {stated[word]}"
+            for word in ("absent", "unknown")
+            if word in stated and stated[word] != counts[label.name][word]
+        ]
     return found
 
 
 def _remove_unlisted(folder: Path, listed: set[str], shard: int, shards: int) -> None:
     """Delete this shard's files of crops that are no longer listed, and what killed runs of it left half-written."""
-    for kind, suffix in (("images", "_0000.nii.gz"), ("labels", ".nii.gz"), ("records", ".json")):
+    for kind, suffix in _SUFFIXES.items():
         for path in sorted((folder / kind).glob(f"*{suffix}")):
             partial = path.name.startswith(".partial-")
             name = path.name.split("-", 2)[2] if partial else path.name
-            crop = "/".join(name.removesuffix(suffix).rsplit("_", 1))
+            crop = _crop_of(kind, name)
             if shard_of(crop, shards) == shard and (partial or crop not in listed):
                 logger.info("%s: removed, %s", path, "abandoned" if partial else "its crop is no longer listed")
                 path.unlink(missing_ok=True)
+
+
+def _stem(crop: str) -> str:
+    return crop.replace("/", "_")
+
+
+def _crop_of(kind: str, name: str) -> str:
+    """Return the crop, `dataset/cropN`, that a file in one of the grid's folders belongs to."""
+    if kind == "instances" and (match := _INSTANCE_NAME.fullmatch(name)):
+        return f"{match['dataset']}/{match['crop']}"
+    return "/".join(name.removesuffix(_SUFFIXES[kind]).rsplit("_", 1))
 
 
 def map_isolated(

@@ -4,8 +4,8 @@ A chunk that was never downloaded reads as zeros, which is not resin but nothing
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,8 +16,8 @@ from cellmap_pipe.prepare.resample import AxisWeights, apply_weights, inside, la
 
 logger = logging.getLogger(__name__)
 
-# Source voxels that are held at once as float32 (about 130 MB), unless one layer of chunks is larger.
-SLAB_VOXELS = 32 * 1024**2
+# Source voxels that are held at once, as float32 where they are resampled (64 MB), unless one row of chunks is larger.
+SLAB_VOXELS = 16 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,19 @@ class EMBlock:
     factors: Vec3
 
 
-def read_em(image: Image, target: Lattice, *, max_upsample: float) -> EMBlock:
+def read_em(
+    image: Image,
+    target: Lattice,
+    *,
+    max_upsample: float,
+    scratch: Callable[[Sequence[int], type[np.generic]], np.ndarray] = np.empty,
+) -> EMBlock:
     """Return the EM of `image` on the lattice `target`, from the level that `choose_level` finds.
 
     Area mean where the target voxel is at least as large as the level's, linear between centres where it is finer. A
-    voxel is valid if at least half of it lies inside the EM's box and no chunk that it draws on is missing. Memory: the
-    result, plus a slab of the level along z.
+    voxel is valid if at least half of it lies inside the EM's box and no chunk that it draws on is missing. `scratch`
+    (shape, dtype) allocates image and validity, one byte per voxel each; besides them a few times SLAB_VOXELS bytes
+    are needed, however large the target is.
     Raises GeometryError if the EM is too coarse for the target, DataError for a damaged chunk or a dtype not uint8.
     """
     level = choose_level(image, target, max_upsample)
@@ -47,23 +54,27 @@ def read_em(image: Image, target: Lattice, *, max_upsample: float) -> EMBlock:
         raise DataError(f"{level.path}: EM of dtype {level.dtype}; uint8 is expected: convert it first")
     array = open_level(level)
     weights = lattice_weights(level.lattice, target)
+    in_place = all(w.identity for w in weights)
     validity = _Validity(level, weights)
-    result = np.zeros(target.shape, np.uint8)
-    valid = None if validity.complete else np.zeros(target.shape, bool)
-    rows, columns = weights[1:]
-    for first, last in z_slabs(weights, chunk_shape(level)[0], SLAB_VOXELS):
-        part = weights[0].rows(first, last)
+    result = scratch(target.shape, np.uint8)
+    valid = None if validity.complete else scratch(target.shape, np.bool_)
+    columns = weights[2]
+    for (first, last), (top, bottom) in _tiles(weights, chunk_shape(level)):
+        planes, rows = weights[0].rows(first, last), weights[1].rows(top, bottom)
+        tile = result[first:last, top:bottom]
         if valid is not None:
-            valid[first:last] = validity.slab(first, last)
-            if not valid[first:last].any():
+            tile_valid = validity.tile((first, last), (top, bottom), out=valid[first:last, top:bottom])
+            if not tile_valid.any():
+                tile[...] = 0
                 continue
-        block = read_box(array, level, (part.start, rows.start, columns.start), (part.stop, rows.stop, columns.stop))
-        if all(w.identity for w in weights):
-            result[first:last] = block
+        lower, upper = zip(*((w.start, w.stop) for w in (planes, rows, columns)), strict=True)
+        block = read_box(array, level, lower, upper)
+        if in_place:
+            tile[...] = block
         else:
-            result[first:last] = np.rint(apply_weights(block, (part, rows, columns)))
+            _resample(block, (planes, rows, columns), tile)
         if valid is not None:
-            result[first:last][~valid[first:last]] = 0
+            tile[~tile_valid] = 0
     factors = vec3([t / v for t, v in zip(target.voxel_nm, level.lattice.voxel_nm, strict=True)])
     return EMBlock(result, valid, level.path.rsplit("/", 1)[-1], factors)
 
@@ -117,24 +128,55 @@ class _Validity:
 
     @property
     def complete(self) -> bool:
-        return not self.missing.any() and bool(inside(self.weights).all())
+        least = [int(w.covered.argmin()) for w in self.weights]
+        outermost = inside([_part(w, (i, i + 1)) for w, i in zip(self.weights, least, strict=True)])
+        return not self.missing.any() and bool(outermost.all())
 
-    def slab(self, first: int, last: int) -> np.ndarray:
-        """Return the validity of the target planes [first, last), bool (z, y, x)."""
-        z = self.weights[0]
-        part = AxisWeights(z.start, z.matrix, z.covered[first:last], z.identity)
-        valid = inside([part, *self.weights[1:]])
-        if self.missing.any():
-            count = np.einsum("zc,cde->zde", self.touched[0][first:last], self.missing.astype(np.float32))
-            count = np.einsum("zde,yd->zye", count, self.touched[1])
-            valid &= (count @ self.touched[2].T) == 0
-        return valid
+    def tile(self, planes: tuple[int, int], rows: tuple[int, int], *, out: np.ndarray) -> np.ndarray:
+        """Write the validity of the target's planes and rows [first, last) to `out`, bool (z, y, x), and return it."""
+        z, y, x = self.weights
+        out[...] = inside([_part(z, planes), _part(y, rows), x])
+        touched = [self.touched[0][slice(*planes)], self.touched[1][slice(*rows)], self.touched[2]]
+        gaps = self.missing[np.ix_(touched[0].any(axis=0), touched[1].any(axis=0))]
+        if gaps.any():
+            for plane, chunks in zip(out, touched[0], strict=True):
+                missing = self.missing[chunks].any(axis=0).astype(np.float32)  # (y chunks, x chunks)
+                plane &= touched[1].astype(np.float32) @ missing @ touched[2].T.astype(np.float32) == 0
+        return out
+
+
+def _tiles(weights: Sequence[AxisWeights], chunks: Sequence[int]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Yield ranges of target planes and of target rows that draw on about SLAB_VOXELS source voxels at a time.
+
+    They draw on whole layers of chunks: few chunks are read twice.
+    """
+    z, y, x = weights
+    for first, last in z_slabs(weights, chunks[0], SLAB_VOXELS):
+        for top, bottom in z_slabs([y, z.rows(first, last), x], chunks[1], SLAB_VOXELS):
+            yield (first, last), (top, bottom)
+
+
+def _resample(block: np.ndarray, weights: Sequence[AxisWeights], out: np.ndarray) -> None:
+    """Write `block`, the source voxels under `weights`, to `out`, resampled and rounded, a few planes at a time."""
+    planes, rows, columns = weights
+    wide = max(rows.matrix.shape[1] * columns.matrix.shape[1] * planes.matrix.shape[1] / len(out), out[0].size)
+    step = max(1, int(SLAB_VOXELS / wide))
+    for first in range(0, len(out), step):
+        part = planes.rows(first, min(first + step, len(out)))
+        values = apply_weights(block[part.start - planes.start : part.stop - planes.start], (part, rows, columns))
+        np.rint(values, out=values)
+        out[first : first + step] = values
+
+
+def _part(weights: AxisWeights, span: tuple[int, int]) -> AxisWeights:
+    """Return the weights with the covered shares of the target voxels [first, last) alone, as `inside` needs them."""
+    return replace(weights, covered=weights.covered[slice(*span)])
 
 
 def _touched_chunks(weights: AxisWeights, chunk: int, n_chunks: int) -> np.ndarray:
-    """Return whether each target voxel draws on a chunk along an axis, float32 0/1 (targets, chunks from the first)."""
-    touched = np.zeros((weights.matrix.shape[0], n_chunks), np.float32)
+    """Return whether each target voxel draws on a chunk along an axis, bool (targets, chunks from the first)."""
+    touched = np.zeros((weights.matrix.shape[0], n_chunks), bool)
     entries = weights.matrix.tocoo()
     drawn = entries.data > 1e-6
-    touched[entries.row[drawn], (entries.col[drawn] + weights.start) // chunk - weights.start // chunk] = 1
+    touched[entries.row[drawn], (entries.col[drawn] + weights.start) // chunk - weights.start // chunk] = True
     return touched
