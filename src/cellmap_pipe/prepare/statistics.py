@@ -1,9 +1,10 @@
 """Statistics of a grid's kept crops: intensities per dataset over valid EM, and how often each class is present.
 
 Both come from the crops' records (histograms and counts by state), so no voxel is read again, and a class is counted
-where it is known, by its state, never by the position of a value in an array.
+where it is known, by its state, never by the position of a value in an array. Records are taken one at a time.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,27 +15,37 @@ from cellmap_pipe.intensity import LEVELS, percentile
 # The intensities that normalisation maps to 0 and 1.
 PERCENTILES = (0.5, 99.5)
 
+STATES = ("present", "absent", "unknown")
+
 
 def summarise(grid: str, records: Iterable[Mapping[str, Any]], classes: Sequence[str]) -> dict[str, Any]:
-    """Return what statistics.json holds: {"grid", "datasets", "classes"}.
+    """Return what statistics.json holds, from one pass over the records of the kept crops (prepare.convert).
 
-    records: of the kept crops (prepare.convert). Per dataset: intensity percentiles, mean and standard deviation of
-    the valid voxels, pooled over its crops, and their number. Per class: crops that annotate it, crops that hold it,
-    voxels by state, and its share of the voxels in which it is known (null where it is known in none).
+    grid: its name. datasets: by name, intensity percentiles, mean and standard deviation of the valid voxels, pooled
+    over its crops, and their number. classes: see `_occurrence`. supervised_pairs: known pairs of voxel and class, all
+    classes together. overlaps: by pair "a+b", voxels that two disjoint classes claim. contradictions: "crop: sentence".
     """
-    records = list(records)
-    datasets = sorted({record["dataset"] for record in records})
+    histograms: defaultdict[str, np.ndarray] = defaultdict(lambda: np.zeros(LEVELS, np.int64))
+    figures = {name: Counter[str]() for name in classes}
+    overlaps: Counter[str] = Counter()
+    contradictions = []
+    for record in records:
+        histograms[record["dataset"]] += np.asarray(record["em_stats"]["histogram"], np.int64)
+        for name in classes:
+            _count(figures[name], record["counts"][name], name in record["annotated"])
+        overlaps.update(record["overlaps"])
+        contradictions += [f"{record['crop']}: {sentence}" for sentence in record["contradictions"]]
     return {
         "grid": grid,
-        "datasets": {name: _intensities([r for r in records if r["dataset"] == name]) for name in datasets},
-        "classes": {name: _occurrence(name, records) for name in classes},
+        "datasets": {name: _intensities(histograms[name]) for name in sorted(histograms)},
+        "classes": {name: _occurrence(figures[name]) for name in classes},
+        "supervised_pairs": sum(figure["present"] + figure["absent"] for figure in figures.values()),
+        "overlaps": {pair: overlaps[pair] for pair in sorted(overlaps) if overlaps[pair]},
+        "contradictions": contradictions,
     }
 
 
-def _intensities(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    histogram = np.zeros(LEVELS, np.int64)
-    for record in records:
-        histogram += np.asarray(record["em_stats"]["histogram"], np.int64)
+def _intensities(histogram: np.ndarray) -> dict[str, Any]:
     voxels = int(histogram.sum())
     intensities = np.arange(LEVELS)
     mean = float((histogram * intensities).sum() / voxels)
@@ -47,13 +58,31 @@ def _intensities(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _occurrence(name: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    counts = [record["counts"][name] for record in records]
-    total = {state: sum(count[state] for count in counts) for state in ("present", "absent", "unknown")}
-    known = total["present"] + total["absent"]
+def _count(figure: Counter[str], count: Mapping[str, int], annotated: bool) -> None:
+    """Add the voxels by state of one class in one crop to its figure."""
+    figure.update({state: count[state] for state in STATES})
+    if not annotated:
+        figure["inferred"] += count["present"] + count["absent"]
+    nowhere = count["absent"] > 0 and not count["present"]
+    figure["crops_annotated"] += annotated
+    figure["crops_present"] += count["present"] > 0
+    figure["crops_absent"] += nowhere and (annotated or not count["unknown"])
+
+
+def _occurrence(figure: Mapping[str, int]) -> dict[str, Any]:
+    """Return how often a class occurs.
+
+    crops_annotated: crops that hold an array of it. crops_present: those with a voxel of it. crops_absent: true
+    negatives, without any although it is annotated there or known in every voxel. present, absent, unknown: voxels of
+    the grid. supervised: present + absent; inferred: those of them in crops that do not annotate the class itself.
+    foreground_fraction: present / supervised, null if nothing is. imbalance: absent / present, null if none is present.
+    """
+    present, absent = figure["present"], figure["absent"]
+    supervised = present + absent
     return {
-        "crops_annotated": sum(name in record["annotated"] for record in records),
-        "crops_present": sum(count["present"] > 0 for count in counts),
-        **total,
-        "foreground_fraction": round(total["present"] / known, 8) if known else None,
+        **{key: figure[key] for key in ("crops_annotated", "crops_present", "crops_absent", *STATES)},
+        "supervised": supervised,
+        "inferred": figure["inferred"],
+        "foreground_fraction": round(present / supervised, 8) if supervised else None,
+        "imbalance": round(absent / present, 4) if present else None,
     }
