@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from cellmap_pipe.errors import ConfigError
 from cellmap_pipe.geometry import Lattice
-from cellmap_pipe.prepare.splits import Crop, assign_folds, group_crops, read_folds, write_folds
+from cellmap_pipe.prepare.crops import read_crops
+from cellmap_pipe.prepare.specimens import SPECIMENS, specimens_of
+from cellmap_pipe.prepare.splits import (
+    Crop,
+    assign_folds,
+    describe_folds,
+    group_crops,
+    read_folds,
+    write_folds,
+)
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
 REAL = Path(__file__).parents[3] / "shared" / "data" / "real-em"
@@ -167,7 +176,8 @@ def test_fold_table_holds_every_crop_also_those_that_cannot_be_read(tmp_path):
     first = (tmp_path / "folds.csv").read_bytes()
     write_folds(table, tmp_path / "folds.csv", n=3, seed=0, group="crop", margin_nm=100)
     assert (tmp_path / "folds.csv").read_bytes() == first
-    assert first.splitlines()[0] == b"crop,group,fold"
+    assert first.splitlines()[0] == b"crop,group,fold,grouped_by"
+    assert {row["grouped_by"] for row in read_crops(tmp_path / "folds.csv")} == {"crop"}
 
 
 def test_grouping_by_dataset_keeps_datasets_whole(tmp_path):
@@ -180,6 +190,72 @@ def test_grouping_by_dataset_keeps_datasets_whole(tmp_path):
     }
     with pytest.raises(ConfigError, match=r"folds\.group is 'sample'"):
         write_folds(table, tmp_path / "folds.csv", n=3, seed=0, group="sample", margin_nm=0)
+
+
+def test_grouping_by_specimen_keeps_the_volumes_of_one_specimen_whole(tmp_path):
+    datasets = ["jrc_cos7-1a", "jrc_cos7-1b", "jrc_jurkat-1", "mine-1", "mine-2"]
+    crops = [Crop(f"{d}/crop{i}", d, ("pm",), box([0, 0, 9000.0 * i])) for d in datasets for i in range(2)]
+    table = write_crops_csv(tmp_path / "crops.csv", crops)
+
+    def groups(**specimens):
+        settings = {"n": 3, "seed": 0, "group": "specimen", "margin_nm": 0, "specimens": specimens}
+        write_folds(table, tmp_path / "folds.csv", **settings)
+        rows = read_crops(tmp_path / "folds.csv")
+        assert {row["grouped_by"] for row in rows} == {"specimen"}
+        assert len({(row["group"], row["fold"]) for row in rows}) == len({row["group"] for row in rows})
+        return {row["crop"].split("/")[0]: row["group"] for row in rows}
+
+    assert groups() == {d: "jrc_cos7-1" if "cos7" in d else d for d in datasets}
+    assert groups(**{"mine-1": "mouse-7", "mine-2": "mouse-7", "jrc_cos7-1b": "another"}) == {
+        "jrc_cos7-1a": "jrc_cos7-1",
+        "jrc_cos7-1b": "another",
+        "jrc_jurkat-1": "jrc_jurkat-1",
+        "mine-1": "mouse-7",
+        "mine-2": "mouse-7",
+    }
+    # another dataset's own name joins its specimen
+    assert groups(**{"mine-2": "mine-1"})["mine-2"] == "mine-1"
+
+
+def test_specimens_of_unknown_datasets_are_refused_with_the_nearest_name():
+    with pytest.raises(ConfigError, match=r"folds\.specimens: there is no dataset 'mine-10'; did you mean 'mine-1'"):
+        specimens_of(["mine-1"], {"mine-10": "mouse-7"})
+    with pytest.raises(ConfigError, match="datasets found: mine-1"):
+        specimens_of(["mine-1"], {"xyz": "mouse-7"})
+    # the challenge's datasets are known, also where this run has no crop of them
+    assert specimens_of(["mine-1"], {"jrc_hela-2": "dish-2"}) == {"mine-1": "mine-1"}
+
+
+def test_every_built_in_specimen_has_several_datasets():
+    assert all(list(SPECIMENS.values()).count(specimen) > 1 for specimen in SPECIMENS.values())
+
+
+def test_fewer_specimens_than_folds_are_refused_with_the_remedy(tmp_path):
+    crops = [Crop(f"{d}/crop1", d, ("pm",), box([0, 0, 0])) for d in ("jrc_hela-2", "jrc_hela-3", "a")]
+    table = write_crops_csv(tmp_path / "crops.csv", crops)
+    with pytest.raises(ConfigError, match=r"folds.n is 3, but the crops form only 2 groups.*fewer folds \(folds.n\)"):
+        write_folds(table, tmp_path / "folds.csv", n=3, seed=0, group="specimen", margin_nm=0)
+
+
+@pytest.mark.parametrize("group", ["crop", "dataset", "specimen"])
+def test_table_and_log_say_what_the_division_estimates(tmp_path, caplog, group):
+    crops = [Crop(f"{d}/crop{i}", d, ("pm",), box([0, 0, 9000.0 * i])) for d in "abc" for i in range(2)]
+    table = write_crops_csv(tmp_path / "crops.csv", crops)
+    with caplog.at_level(logging.INFO):
+        write_folds(table, tmp_path / "folds.csv", n=3, seed=0, group=group, margin_nm=0)
+    text = describe_folds(tmp_path / "folds.csv")
+    assert text.startswith("3 folds of 2, 2, 2 crops; ")
+    assert {"crop": "leaderboard", "dataset": "a new dataset", "specimen": "a new specimen"}[group] in text
+    assert text in caplog.text
+
+
+def test_classes_that_cannot_be_on_both_sides_are_named(tmp_path, caplog):
+    crops = [Crop(f"a/crop{i}", "a", ("pm", "nuc") if i == 1 else ("pm",), box([0, 0, 900.0 * i])) for i in range(4)]
+    table = write_crops_csv(tmp_path / "crops.csv", crops)
+    with caplog.at_level(logging.WARNING):
+        write_folds(table, tmp_path / "folds.csv", n=2, seed=0, group="crop", margin_nm=0)
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].endswith("are in one fold, so none is both trained and validated: nuc")
 
 
 # a partition given by the user
@@ -264,6 +340,27 @@ def test_overlap_across_the_sides_is_refused_naming_the_pair(tmp_path):
     table = write_crops_csv(tmp_path / "crops.csv", crops)
     with pytest.raises(ConfigError, match=r"a/crop1 \(training\) and a/crop2 \(validation\) overlap"):
         divided(table, "split,dataset,crop\ntrain,a,1\nvalidate,a,2\n")
+    with pytest.raises(ConfigError, match=r"a/crop1 \(training\) and a/crop2 \(validation\) overlap"):
+        divided(table, toolbox_row("train", "a", "crop1") + toolbox_row("validate", "a", "crop2"))
+    assert not table.with_name("folds.csv").exists()
+
+
+def test_all_overlaps_across_the_sides_are_counted(tmp_path):
+    crops = [Crop(f"a/crop{i}", "a", (), box([0, 0, 90.0 * i])) for i in range(4)]
+    table = write_crops_csv(tmp_path / "crops.csv", crops)
+    sides = ["train", "validate", "train", "validate"]
+    text = "".join(toolbox_row(side, "a", f"crop{i}") for i, side in enumerate(sides))
+    pattern = r"crop0 \(training\) and a/crop1 \(validation\) overlap; .*; 2 more: a/crop1 \(validation\) and a/crop2"
+    with pytest.raises(ConfigError, match=pattern):
+        divided(table, text)
+
+
+def test_table_of_a_given_partition_says_so(three, caplog):
+    with caplog.at_level(logging.INFO):
+        divided(three, FORMS["toolbox"])
+    text = "1 fold of 1 crops (1 more are always in training); divided as the given datasplit.csv says"
+    assert text in caplog.text
+    assert {row["grouped_by"] for row in read_crops(three.with_name("folds.csv"))} == {"datasplit"}
 
 
 def test_closeness_across_the_sides_is_only_warned_of(three, caplog):
@@ -289,4 +386,4 @@ def test_touching_real_crops_are_divided_without_complaint(tmp_path, caplog):
     text = toolbox_row("train", "fly_medulla-2", "crop101") + toolbox_row("validate", "fly_medulla-2", "crop102")
     with caplog.at_level(logging.WARNING):
         assert divided(tmp_path / "crops.csv", text) == {"fly_medulla-2/crop101": -1, "fly_medulla-2/crop102": 0}
-    assert not caplog.records
+    assert "apart" not in caplog.text

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -22,10 +23,22 @@ from cellmap_pipe.errors import ConfigError, ContractError
 from cellmap_pipe.files import replacing
 from cellmap_pipe.geometry import TOLERANCE_NM, Lattice, gap_nm, shape3, vec3
 from cellmap_pipe.prepare.crops import read_crops
+from cellmap_pipe.prepare.specimens import specimens_of
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("crop", "group", "fold")
+COLUMNS = ("crop", "group", "fold", "grouped_by")
+DATASPLIT = "datasplit"
+
+# What a validation estimates, by what stays on one side (column grouped_by).
+ESTIMATES = {
+    "crop": "neighbouring crops stay together; validation estimates the score on new crops of these datasets, "
+    "as on the leaderboard",
+    "dataset": "datasets stay together; validation estimates the score on a new dataset",
+    "specimen": "specimens stay together; validation estimates the score on a new specimen",
+    DATASPLIT: "divided as the given datasplit.csv says; validation is as independent as that is",
+}
+
 ALWAYS_TRAINING = -1
 VALIDATION = 0
 
@@ -53,28 +66,39 @@ def write_folds(
     seed: int,
     group: str,
     margin_nm: float,
+    specimens: Mapping[str, str] = {},
     datasplit: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write the fold of every crop: columns crop, group, fold (-1: in training whatever the fold).
+    """Write the fold of every crop: columns crop, group, fold (-1: in training whatever the fold), grouped_by.
 
-    crops_csv: of prepare.crops. n: number of folds. group: "crop" (crops of a dataset that are closer than `margin_nm`
-    stay together) or "dataset". datasplit: a table of the challenge's toolbox to use instead; its validation crops are
-    fold 0, its training crops -1, and crops it does not name are left out.
-    Raises ConfigError, naming the crops, if they cannot be divided so.
+    crops_csv: of prepare.crops. n: number of folds. group: what stays together: "crop" (crops of a dataset that are
+    closer than `margin_nm`), "dataset" or "specimen". specimens: specimen by dataset, where the built-in list
+    (prepare.specimens) does not know it or is wrong. datasplit: a table of the challenge's toolbox to use instead; its
+    validation crops are fold 0, its training crops -1, and crops it does not name are left out.
+    grouped_by is `group`, or "datasplit".
+    Raises ConfigError, naming the crops, if they cannot be divided so, and for an unknown dataset in `specimens`.
     """
     crops = _crops(crops_csv)
+    annotated = {crop.name: crop.annotated for crop in crops}
     if datasplit:
-        sides = read_datasplit(datasplit, crops)
-        check_sides(crops, sides, margin_nm, Path(datasplit))
-        rows = [(crop, crop, side) for crop, side in sides.items()]
+        folds = read_datasplit(datasplit, crops)
+        check_sides(crops, folds, margin_nm, Path(datasplit))
+        groups, group = {crop: crop for crop in folds}, DATASPLIT
     else:
-        groups = group_crops(crops, group, margin_nm)
-        folds = assign_folds({crop.name: crop.annotated for crop in crops}, groups, n=n, seed=seed)
-        rows = [(crop, groups[crop], fold) for crop, fold in folds.items()]
+        groups = group_crops(crops, group, margin_nm, specimens)
+        folds = assign_folds(annotated, groups, n=n, seed=seed)
     with replacing(out_csv) as partial, open(partial, "w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(COLUMNS)
-        writer.writerows(sorted(rows))
+        writer.writerows(sorted((crop, groups[crop], fold, group) for crop, fold in folds.items()))
+    logger.info("%s: %s", out_csv, describe_folds(out_csv))
+    lonely = _one_sided(folds, annotated)
+    if lonely:
+        logger.warning(
+            "%s: all crops with these classes are in one fold, so none is both trained and validated: %s",
+            out_csv,
+            ", ".join(lonely),
+        )
 
 
 def read_folds(folds_csv: str | os.PathLike[str]) -> dict[str, int]:
@@ -82,16 +106,34 @@ def read_folds(folds_csv: str | os.PathLike[str]) -> dict[str, int]:
     return {row["crop"]: int(row["fold"]) for row in read_crops(str(folds_csv))}
 
 
-def group_crops(crops: Sequence[Crop], group: str, margin_nm: float) -> dict[str, str]:
-    """Return the group of each crop: its dataset, or the first crop that a chain of near neighbours links it to.
+def describe_folds(folds_csv: str | os.PathLike[str]) -> str:
+    """Return one sentence on a fold table: crops per fold, what stays together, and what a validation estimates."""
+    rows = read_crops(str(folds_csv))
+    sizes = Counter(int(row["fold"]) for row in rows)
+    always = sizes.pop(ALWAYS_TRAINING, 0)
+    text = (
+        f"{len(sizes)} fold{'s' * (len(sizes) != 1)} of {', '.join(str(sizes[fold]) for fold in sorted(sizes))} crops"
+    )
+    text += f" ({always} more are always in training)" if always else ""
+    return f"{text}; {ESTIMATES[rows[0]['grouped_by']]}"
+
+
+def group_crops(
+    crops: Sequence[Crop], group: str, margin_nm: float, specimens: Mapping[str, str] = {}
+) -> dict[str, str]:
+    """Return the group of each crop: dataset, specimen, or the first crop that a chain of near neighbours links it to.
 
     Two crops are near if they are of one dataset and the gap between their boxes is below `margin_nm` on every axis. A
-    crop whose box is unknown stands alone.
+    crop whose box is unknown stands alone. specimens: see `write_folds`.
+    Raises ConfigError for another `group` than crop, dataset and specimen, and as `specimens_of` does.
     """
+    specimen = specimens_of((crop.dataset for crop in crops), specimens)
     if group == "dataset":
         return {crop.name: crop.dataset for crop in crops}
+    if group == "specimen":
+        return {crop.name: specimen[crop.dataset] for crop in crops}
     if group != "crop":
-        raise ConfigError(f"folds.group is '{group}'; allowed: crop, dataset")
+        raise ConfigError(f"folds.group is '{group}'; allowed: crop, dataset, specimen")
     root = {crop.name: crop.name for crop in crops}
 
     def find(name: str) -> str:
@@ -129,7 +171,7 @@ def assign_folds(
     if len(names) < n:
         raise ConfigError(
             f"folds.n is {n}, but the crops form only {len(names)} groups that stay together; "
-            "use fewer folds, a smaller folds.margin_nm, or folds.group: crop"
+            "use fewer folds (folds.n), a smaller folds.margin_nm, or folds.group: crop"
         )
     classes = sorted({name for crop in annotated.values() for name in crop})
     # crops per group and class; the last column counts the group's crops
@@ -203,15 +245,16 @@ def read_datasplit(path: str | os.PathLike[str], crops: Sequence[Crop]) -> dict[
 
 
 def check_sides(crops: Sequence[Crop], sides: Mapping[str, int], margin_nm: float, path: Path) -> None:
-    """Raise ConfigError, naming the pair, if crops of both sides overlap; warn of pairs closer than `margin_nm`."""
+    """Raise ConfigError, naming the pairs, if crops of both sides overlap; warn of pairs closer than `margin_nm`."""
     used = sorted((crop for crop in crops if crop.name in sides), key=_name)
+    overlapping = []
     for first, second in combinations(used, 2):
         if sides[first.name] == sides[second.name]:
             continue
         pair = f"{first.name} ({_word(sides[first.name])}) and {second.name} ({_word(sides[second.name])})"
         if near(first, second, 0.0):
-            raise ConfigError(f"folds.datasplit {path}: {pair} overlap; put both on one side or leave one out")
-        if near(first, second, margin_nm):
+            overlapping.append(pair)
+        elif near(first, second, margin_nm):
             assert first.box is not None and second.box is not None
             logger.warning(
                 "%s: %s are %g nm apart, less than folds.margin_nm %g: validation is not independent",
@@ -220,6 +263,20 @@ def check_sides(crops: Sequence[Crop], sides: Mapping[str, int], margin_nm: floa
                 max(0.0, gap_nm(first.box, second.box)),
                 margin_nm,
             )
+    if overlapping:
+        more = f"; {len(overlapping) - 1} more: {', '.join(overlapping[1:5])}" if overlapping[1:] else ""
+        raise ConfigError(
+            f"folds.datasplit {path}: {overlapping[0]} overlap; put both on one side or leave one out{more}"
+        )
+
+
+def _one_sided(folds: Mapping[str, int], annotated: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the classes whose crops are all in one fold, so that they are trained or validated but never both."""
+    met: dict[str, set[int]] = {}
+    for crop, fold in folds.items():
+        for name in annotated[crop]:
+            met.setdefault(name, set()).add(fold)
+    return sorted(name for name, where in met.items() if len(where) < 2)
 
 
 def _name(crop: Crop) -> str:
