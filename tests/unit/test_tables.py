@@ -1,14 +1,14 @@
 """The report's tables hold the numbers of their inputs, sort, and are the same bytes each time."""
 
-import csv
 import json
 import re
 
 import pytest
 
 from cellmap_pipe.errors import ContractError
+from cellmap_pipe.report.figures import class_scores
 from cellmap_pipe.report.pages import Cell, Column, table
-from cellmap_pipe.report.tables import SCORE_COLUMNS, read_csv, write_audit, write_scores, write_submission
+from cellmap_pipe.report.tables import SCORE_COLUMNS, read_csv, write_scores, write_submission
 
 
 def aggregate(pm, nuc, overall):
@@ -29,9 +29,9 @@ def scores_json(path, model, fold, pm=0.5, nuc=0.25):
         "model": model,
         "fold": fold,
         "records": [
-            {"crop": "d/crop1", "label": "pm", "kind": "semantic", "dice": pm},
-            {"crop": "d/crop2", "label": "pm", "kind": "semantic", "dice": pm},
-            {"crop": "d/crop2", "label": "nuc", "kind": "instance", "dice": None},
+            {"crop": "d/crop1", "label": "pm", "kind": "semantic", "status": "scored", "dice": pm},
+            {"crop": "d/crop2", "label": "pm", "kind": "semantic", "status": "scored", "dice": pm},
+            {"crop": "d/crop2", "label": "nuc", "kind": "instance", "status": "scored", "dice": None},
         ],
         "aggregate": aggregate(pm, nuc, (pm * nuc) ** 0.5),
         "clean": aggregate(pm, nuc / 2, (pm * nuc / 2) ** 0.5),
@@ -47,6 +47,31 @@ def scores_json(path, model, fold, pm=0.5, nuc=0.25):
     return path
 
 
+def ceiling_json(path, grid, entries, rules="csc-2026.06"):
+    """entries: (crop, class, voxel, tp, fp, fn) of the crops in a shard."""
+    records = []
+    for crop, label, voxel, *counts in entries:
+        record = {"crop": crop, "label": label, "voxel_size": [voxel] * 3, "status": "scored"}
+        record |= dict(zip(("tp", "fp", "fn"), counts, strict=True))
+        if label == "nuc":
+            record |= {"kind": "instance", "hausdorff_norm_sum": 0.5 * sum(counts), "n_hausdorff": sum(counts)}
+        records.append({"kind": "semantic", **record})
+    size = "native" if grid == "native" else [float(grid.removesuffix("nm"))] * 3
+    path.write_text(json.dumps({"grid": grid, "voxel_nm": size, "rules": rules, "records": records}))
+    return path
+
+
+CEILINGS = {
+    "8nm": [("d/crop1", "pm", 4, 60, 20, 20), ("d/crop2", "pm", 16, 90, 5, 5), ("d/crop2", "nuc", 16, 1, 0, 0)],
+    "16nm": [("d/crop1", "pm", 4, 20, 40, 40), ("d/crop2", "pm", 16, 100, 0, 0), ("d/crop2", "nuc", 16, 2, 2, 0)],
+}
+
+
+@pytest.fixture
+def ceilings(tmp_path):
+    return [ceiling_json(tmp_path / f"{grid}.json", grid, entries) for grid, entries in CEILINGS.items()]
+
+
 def metrics_json(path, model, fold):
     path.write_text(
         json.dumps(
@@ -58,6 +83,7 @@ def metrics_json(path, model, fold):
                 "untrained_mean_dice": 0.05,
                 "best_step": 200,
                 "classes": ["pm", "nuc"],
+                "grid": "8nm",
             }
         )
     )
@@ -65,7 +91,7 @@ def metrics_json(path, model, fold):
 
 
 @pytest.fixture
-def written(tmp_path):
+def written(tmp_path, ceilings):
     scores = [
         scores_json(tmp_path / "a0.json", "unet", "0", pm=0.5),
         scores_json(tmp_path / "a1.json", "unet", "1", pm=0.7),
@@ -73,7 +99,7 @@ def written(tmp_path):
     ]
     metrics = [metrics_json(tmp_path / f"m{fold}.json", "unet", str(fold)) for fold in (0, 1)]
     out = tmp_path / "scores.csv", tmp_path / "scores.html"
-    write_scores(scores, metrics, *out)
+    write_scores(scores, metrics, ceilings, *out)
     return out
 
 
@@ -126,17 +152,74 @@ def test_scores_page_needs_nothing_but_itself_and_names_the_ceiling(written):
     assert "the portal may differ" in text
 
 
-def test_tables_are_the_same_bytes_each_time(written, tmp_path):
+def test_the_grids_ceiling_stands_beside_each_score(written):
+    assert [column.name for column in SCORE_COLUMNS].index("grid_ceiling") == 11
+    rows = {(row["source"], row["fold"], row["class"]): row for row in read_csv(written[0])}
+    of_unet = {name: rows["unet", "0", name]["grid_ceiling"] for name in ("pm", "nuc", "overall")}
+    iou = 150 / 200  # both crops on the model's grid
+    assert float(of_unet["pm"]) == pytest.approx(iou)
+    assert float(of_unet["nuc"]) == pytest.approx(0.5**0.5, abs=1e-5)
+    assert float(of_unet["overall"]) == pytest.approx((iou * 0.5**0.5) ** 0.5, abs=1e-5)
+    assert rows["unet", "mean", "pm"]["grid_ceiling"] == of_unet["pm"]
+    # for the ensemble each crop on the grid nearest its voxels: crop1 on 8nm, crop2 on 16nm
+    assert float(rows["ensemble", "0", "pm"]["grid_ceiling"]) == pytest.approx(160 / 200)
+    assert float(rows["ensemble", "0", "nuc"]["grid_ceiling"]) == pytest.approx((2 / 3 * 0.5) ** 0.5, abs=1e-5)
+    assert "grid_ceiling" in written[1].read_text()
+
+
+def test_the_figure_marks_the_grids_ceiling(written, ceilings, tmp_path):
+    scores, metrics = [tmp_path / "a0.json", tmp_path / "e0.json"], [tmp_path / "m0.json"]
+    class_scores(scores, tmp_path / "with.svg", metrics_jsons=metrics, ceiling_jsons=ceilings)
+    class_scores(scores, tmp_path / "without.svg")
+    dots = [(tmp_path / name).read_text().count("stroke: #666666") for name in ("without.svg", "with.svg")]
+    assert dots[1] - dots[0] == 5  # two classes of two sources, and the legend's
+
+
+def test_a_ceiling_that_is_lacking_leaves_its_cell_empty(tmp_path):
+    scores = [scores_json(tmp_path / "a.json", "unet", "0")]
+    metrics = [metrics_json(tmp_path / "m.json", "unet", "0")]
+    out = tmp_path / "s.csv", tmp_path / "s.html"
+
+    def cells_of(*ceilings):
+        write_scores(scores, metrics, ceilings, *out)
+        return [row["grid_ceiling"] for row in read_csv(out[0])]
+
+    assert cells_of() == ["", "", ""]
+    assert cells_of(ceiling_json(tmp_path / "c.json", "16nm", CEILINGS["16nm"])) == ["", "", ""]
+    one_lacking = ceiling_json(tmp_path / "c.json", "8nm", CEILINGS["8nm"][1:])
+    assert cells_of(one_lacking) == ["", "", f"{0.5**0.5:.6g}"]
+    other_rules = ceiling_json(tmp_path / "c.json", "8nm", CEILINGS["8nm"], rules="clean")
+    assert cells_of(other_rules) == ["", "0.75", ""]
+
+
+def test_the_native_grid_is_the_nearest_to_every_crop(tmp_path):
+    scores = [scores_json(tmp_path / "e.json", "ensemble", "0")]
+    native = ceiling_json(
+        tmp_path / "native.json", "native", [(*entry[:3], 7, 0, 0) for entry in CEILINGS["8nm"] if entry[1] == "pm"]
+    )
+    out = tmp_path / "s.csv", tmp_path / "s.html"
+    write_scores(scores, [], [native, ceiling_json(tmp_path / "c.json", "8nm", CEILINGS["8nm"])], *out)
+    assert [row["grid_ceiling"] for row in read_csv(out[0])] == ["", "1", ""]
+
+
+def test_the_page_says_how_the_crops_were_divided(written, ceilings, tmp_path):
+    folds = tmp_path / "folds.csv"
+    folds.write_text("crop,group,fold,grouped_by\nd/crop1,d,0,specimen\nd/crop2,e,1,specimen\n")
+    write_scores([tmp_path / "a0.json"], [tmp_path / "m0.json"], ceilings, *written, folds_csv=folds)
+    assert "2 folds of 1, 1 crops; specimens stay together" in written[1].read_text()
+
+
+def test_tables_are_the_same_bytes_each_time(written, ceilings, tmp_path):
     before = [path.read_bytes() for path in written]
     scores = [tmp_path / name for name in ("a0.json", "a1.json", "e0.json")]
-    write_scores(scores, [tmp_path / "m0.json", tmp_path / "m1.json"], *written)
+    write_scores(scores, [tmp_path / "m0.json", tmp_path / "m1.json"], ceilings, *written)
     assert [path.read_bytes() for path in written] == before
 
 
 def test_unreadable_scores_name_file_and_remedy(tmp_path):
     (tmp_path / "s.json").write_text("{")
     with pytest.raises(ContractError, match=r"s\.json.*-R evaluate"):
-        write_scores([tmp_path / "s.json"], [], tmp_path / "s.csv", tmp_path / "s.html")
+        write_scores([tmp_path / "s.json"], [], [], tmp_path / "s.csv", tmp_path / "s.html")
     assert not (tmp_path / "s.csv").exists()
 
 
@@ -149,65 +232,8 @@ def test_html_tables_escape_text_and_keep_exact_values_for_sorting():
     assert 'data-value=""' in text
 
 
-@pytest.fixture
-def audited(tmp_path):
-    def record(crop, present, **more):
-        counts = {
-            "pm": {"present": present, "absent": 60, "unknown": 0},
-            "nuc": {"present": 0, "absent": 0, "unknown": 60},
-        }
-        return {
-            "crop": crop,
-            "counts": counts,
-            "annotated": ["pm"],
-            "label_lattice": {"voxel_nm": [4.0, 4.0, 4.0]},
-            "em_level": {"path": "s1"},
-            "em_valid_fraction": 0.5,
-            "overlaps": {"pm+nuc": 3},
-            "warnings": ["odd translation"],
-            **more,
-        }
-
-    shard = {
-        "grid": "8nm",
-        "classes": ["pm", "nuc"],
-        "records": [record("d/crop2", 40), record("d/crop1", 20), record("d/crop4", 9)],
-    }
-    (tmp_path / "shard0.json").write_text(json.dumps(shard))
-    failed = {"crop": "d/crop3", "status": "failed", "cause": "no .zattrs", "counts": {}, "annotated": []}
-    (tmp_path / "shard1.json").write_text(json.dumps({"grid": "8nm", "classes": ["pm", "nuc"], "records": [failed]}))
-    with open(tmp_path / "crops.csv", "w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["crop", "verdict", "cause"])
-        writer.writerows(
-            [
-                ["d/crop1", "keep", ""],
-                ["d/crop2", "keep", ""],
-                ["d/crop3", "reject", "unreadable: no .zattrs"],
-                ["d/crop4", "flag", "low contrast"],
-            ]
-        )
-    write_audit(tmp_path / "crops.csv", [tmp_path / "shard0.json", tmp_path / "shard1.json"], tmp_path / "audit.html")
-    return (tmp_path / "audit.html").read_text()
-
-
 def cells(row):
     return [re.sub("<[^>]+>", "", cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)]
-
-
-def test_audit_counts_states_of_the_crops_in_use(audited):
-    rows = [cells(row) for row in audited.splitlines() if row.startswith("<tr>")]
-    pm = next(row for row in rows if row[0] == "pm")
-    assert pm[1:] == ["2", "2", "60", "120", "0", "33.333", "100.0"]
-    nuc = next(row for row in rows if row[0] == "nuc")
-    assert nuc[1:] == ["0", "0", "0", "0", "120", "&ndash;", "0.0"]
-
-
-def test_audit_lists_every_crop_with_its_cause(audited):
-    assert "4 crops: 2 keep, 1 flag, 1 reject" in audited
-    assert audited.index("d/crop1") < audited.index("d/crop2") < audited.index("d/crop3")
-    assert "unreadable: no .zattrs" in audited
-    assert "4 x 4 x 4" in audited
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,15 @@ with job(snakemake):
     write_scores(
         snakemake.input.scores,
         snakemake.input.metrics,
+        snakemake.input.ceilings,
         Path(snakemake.output.table),
         Path(snakemake.output.page),
+        folds_csv=snakemake.input.folds,
     )
-    class_scores(snakemake.input.scores, Path(snakemake.output.classes))
+    class_scores(
+        snakemake.input.scores,
+        Path(snakemake.output.classes),
+        metrics_jsons=snakemake.input.metrics,
+        ceiling_jsons=snakemake.input.ceilings,
+    )
     ensemble_gain(snakemake.input.scores, Path(snakemake.output.gain))

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,12 +37,32 @@ def read_records(predict_jsons: Iterable[str | Path]) -> dict[str, list[Record]]
     return records
 
 
-class Probabilities:
-    """The probabilities of one record, resampled to a lattice and read slab by slab.
+class ClassVolumes(ABC):
+    """Probabilities by class on one lattice, resampled to another and read slab by slab.
 
-    Linear between voxel centres where the lattice is finer, area mean where it is coarser; beyond the predicted box the
+    Linear between voxel centres where the lattice is finer, area mean where it is coarser; beyond the own box the
     nearest voxel is repeated.
     """
+
+    def __init__(self, own: Lattice, lattice: Lattice) -> None:
+        self._weights = lattice_weights(own, lattice)
+
+    @abstractmethod
+    def block(self, name: str, box: tuple[slice, slice, slice]) -> np.ndarray:
+        """Return 255 p of class `name` in a box of the own lattice, (z, y, x)."""
+
+    def slab(self, name: str, first: int, last: int) -> np.ndarray:
+        """Return 255 p of class `name` on the planes [first, last) of the lattice, float32 (z, y, x)."""
+        z, y, x = self._weights
+        part: AxisWeights = z.rows(first, last)
+        block = self.block(name, (slice(part.start, part.stop), slice(y.start, y.stop), slice(x.start, x.stop)))
+        if not block.any():  # rare classes are nowhere in most slabs
+            return np.zeros((last - first, y.matrix.shape[0], x.matrix.shape[0]), np.float32)
+        return apply_weights(block, (part, y, x))
+
+
+class Probabilities(ClassVolumes):
+    """The probabilities of one record on disk."""
 
     def __init__(self, record: Record, lattice: Lattice) -> None:
         self._path = record["path"]
@@ -50,23 +71,19 @@ class Probabilities:
         own = Lattice.from_dict(record["lattice"])
         if self._array.shape != (len(self.classes), *own.shape):
             raise ContractError(f"{record['path']}: shape {self._array.shape} is not that of its record; {REMEDY}")
-        self._weights = lattice_weights(own, lattice)
+        super().__init__(own, lattice)
 
-    def slab(self, name: str, first: int, last: int) -> np.ndarray:
-        """Return 255 p of class `name` on the planes [first, last) of the lattice, float32 (z, y, x).
+    def block(self, name: str, box: tuple[slice, slice, slice]) -> np.ndarray:
+        """Return 255 p of class `name` in a box of the own lattice, uint8 (z, y, x).
 
         Raises ContractError if a chunk is damaged.
         """
-        z, y, x = self._weights
-        part: AxisWeights = z.rows(first, last)
-        channel = self.classes.index(name)
         try:
-            block = self._array[channel, part.start : part.stop, y.start : y.stop, x.start : x.stop]
+            return np.asarray(self._array[(self.classes.index(name), *box)])
         except MemoryError:
             raise
         except Exception as error:  # codecs raise many kinds; all mean that a chunk is damaged
             raise ContractError(f"{self._path}: damaged ({' '.join(str(error).split())}); {REMEDY}") from error
-        return apply_weights(np.asarray(block), (part, y, x))
 
 
 @dataclass(frozen=True)

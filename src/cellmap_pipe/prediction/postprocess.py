@@ -17,7 +17,7 @@ from cellmap_pipe.config import RESULT_VERSIONS
 from cellmap_pipe.errors import ContractError
 from cellmap_pipe.files import digest, read_json, remove_partials, replacing, write_json
 from cellmap_pipe.geometry import Lattice
-from cellmap_pipe.prediction.ensemble import Probabilities, Record, read_records
+from cellmap_pipe.prediction.ensemble import ClassVolumes, Probabilities, Record, read_records
 from cellmap_pipe.prediction.store import create_mask, file_stem, remove_unlisted
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def _segment_volume(prediction: Record, folder: Path, settings: Mapping[str, Any
         return dict(read_json(sidecar))
     for name, cause in not_derived.items():
         logger.warning("%s: group %s is left out: %s", prediction["name"], name, cause)
-    masks = _Masks(Probabilities(prediction, target), settings["thresholds"])
+    masks = Masks(Probabilities(prediction, target), settings["thresholds"])
     smallest = {
         name: math.ceil(settings["min_size_nm3"].get(name, 0) / math.prod(target.voxel_nm) - 1e-6) for name in parts
     }
@@ -109,7 +109,7 @@ def _segment_volume(prediction: Record, folder: Path, settings: Mapping[str, Any
                 arrays[name][first:last] = masks.union(parts[name], first, last, made)
         for name in parts:
             if name not in plain:
-                labels, count = _objects(partial(masks.union, parts[name]), target, smallest[name])
+                labels, count = objects_of(partial(masks.union, parts[name]), target, smallest[name])
                 instance = get_class(name).instance
                 if instance:
                     objects[name] = count
@@ -152,10 +152,10 @@ def outputs_of(classes: Sequence[str], derive: Sequence[str]) -> tuple[dict[str,
     return parts, impossible
 
 
-class _Masks:
+class Masks:
     """Thresholded probabilities on the target lattice."""
 
-    def __init__(self, probabilities: Probabilities, thresholds: Mapping[str, float]) -> None:
+    def __init__(self, probabilities: ClassVolumes, thresholds: Mapping[str, float]) -> None:
         self._probabilities, self._thresholds = probabilities, thresholds
 
     def union(
@@ -181,7 +181,7 @@ def _slabs(planes: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + SLAB, planes)
 
 
-def _objects(mask: Callable[[int, int], np.ndarray], target: Lattice, smallest: int) -> tuple[np.ndarray, int]:
+def objects_of(mask: Callable[[int, int], np.ndarray], target: Lattice, smallest: int) -> tuple[np.ndarray, int]:
     """Return the 26-connected components of at least `smallest` voxels, numbered 1, 2, ..., and how many there are.
 
     mask: gives the planes [first, last) as bool. The ids are uint16 if they fit, else uint32. Connectivity is that of

@@ -15,7 +15,8 @@ from cellmap_pipe.classes import CLASSES
 from cellmap_pipe.colours import SERIES, colour_of
 from cellmap_pipe.files import read_json
 from cellmap_pipe.report.canvas import drawing, write_message
-from cellmap_pipe.report.tables import ENSEMBLE, Scores, read_scores
+from cellmap_pipe.report.ceiling import read_ceilings
+from cellmap_pipe.report.tables import ENSEMBLE, Scores, grid_ceiling, read_metrics, read_scores
 
 Path = str | os.PathLike[str]
 
@@ -125,9 +126,12 @@ def _scored_classes(sources: Mapping[str, Sequence[Scores]]) -> list[str]:
     return [name for name in CLASSES if name in named]
 
 
-def class_scores(score_jsons: Sequence[Path], out: Path) -> None:
+def class_scores(
+    score_jsons: Sequence[Path], out: Path, *, metrics_jsons: Sequence[Path] = (), ceiling_jsons: Sequence[Path] = ()
+) -> None:
     """Draw Dice and challenge score per class of every source, with the score of an empty answer beside them.
 
+    metrics_jsons, ceiling_jsons: as for the table of scores; the bars show the grid's ceiling where it is known.
     Several folds are averaged. Up to six sources are drawn as bars, more as a heat map.
     """
     sources = _by_source(score_jsons)
@@ -140,10 +144,17 @@ def class_scores(score_jsons: Sequence[Path], out: Path) -> None:
         _table(sources, classes, partial(Scores.class_score, variant=variant))
         for variant in ("aggregate", "clean", "background")
     )
+    metrics, ceilings = read_metrics(metrics_jsons), read_ceilings(ceiling_jsons)
+    limits = {
+        (entry.source, entry.fold): grid_ceiling(entry, metrics.get((entry.source, entry.fold), {}), ceilings)
+        for entries in sources.values()
+        for entry in entries
+    }
+    limit = _table(sources, classes, lambda entry, name: limits[entry.source, entry.fold].classes.get(name))
     if len(sources) <= _MOST_BARS:
         height = 1.4 + len(classes) * (0.14 * len(sources) + 0.12)
         with drawing(out, (11.0, height)) as figure:
-            _score_bars(figure, list(sources), classes, dice, score, clean, np.fmax.reduce(empty))
+            _score_bars(figure, list(sources), classes, dice, score, clean, np.fmax.reduce(empty), limit)
     else:
         with drawing(out, (3.0 + 0.85 * len(sources), 1.8 + 0.42 * len(classes))) as figure:
             _score_maps(figure, list(sources), classes, dice, score)
@@ -166,6 +177,7 @@ def _score_bars(
     score: np.ndarray,
     clean: np.ndarray,
     empty: np.ndarray,
+    limit: np.ndarray,
 ) -> None:
     colours = _series(sources)
     thickness = 0.8 / len(sources)
@@ -198,6 +210,18 @@ def _score_bars(
         clean[artefact], centres[artefact], **diamonds, label="by the rules 'clean', where far off"
     )
     marks.set_in_layout(False)  # without any mark its extent is the figure's corner, and the layout would reach for it
+    known = np.isfinite(limit)
+    if known.any():
+        half = 0.5 * thickness
+        panels[1].vlines(
+            limit[known],
+            centres[known] - half,
+            centres[known] + half,
+            color="#666666",
+            linewidth=1.6,
+            linestyle=(0, (1, 1)),
+            label="the grid's ceiling",
+        )
     panels[1].vlines(empty, rows - 0.42, rows + 0.42, color="black", linewidth=1.6, label="nothing marked")
     panels[0].set(title="Dice", xlabel="Dice over known voxels (no unit)", ylabel="class")
     panels[1].set(title="Challenge score", xlabel="IoU, or instance score where marked * (no unit)")
@@ -208,7 +232,7 @@ def _score_bars(
             {"boxstyle": "square,pad=0.15", "facecolor": "none", "edgecolor": colour_of(name), "linewidth": 1.6}
         )
     (diamond, *bars), (meaning, *names) = panels[1].get_legend_handles_labels()
-    figure.legend([*bars, diamond], [*names, meaning], loc="outside upper center", ncols=min(5, len(sources) + 2))
+    figure.legend([*bars, diamond], [*names, meaning], loc="outside upper center", ncols=min(5, len(sources) + 3))
 
 
 def _score_maps(figure: Figure, sources: list[str], classes: list[str], dice: np.ndarray, score: np.ndarray) -> None:

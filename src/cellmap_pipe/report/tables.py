@@ -1,4 +1,4 @@
-"""The report's tables: scores of every source, states of every class, and the flight check of the submission."""
+"""The report's tables: scores of every source, and the flight check of the submission."""
 
 import csv
 import io
@@ -11,6 +11,8 @@ from typing import Any
 from cellmap_pipe.classes import CLASSES, TESTED, score_ceiling
 from cellmap_pipe.colours import VERDICTS, colour_of
 from cellmap_pipe.files import read_json, write_text
+from cellmap_pipe.prepare.splits import describe_folds
+from cellmap_pipe.report.ceiling import Ceilings, Pooled, pooled_ceiling, read_ceilings
 from cellmap_pipe.report.pages import Cell, Column, Content, heading, page, paragraph, table
 
 Path = str | os.PathLike[str]
@@ -30,6 +32,7 @@ SCORE_COLUMNS: tuple[Column, ...] = (
     Column("hausdorff", ".3f", "normalised Hausdorff distance: 1 is perfect"),
     Column("combined", ".3f", "square root of f1 x hausdorff"),
     Column("score", ".3f", "the challenge's score: iou or combined; overall, the geometric mean of both kinds"),
+    Column("grid_ceiling", ".3f", "the score of the labels themselves after their way to the grid and back"),
     Column("score_low", ".3f", "lower end of the score's 95 % interval (bootstrap over crops)"),
     Column("score_high", ".3f", "upper end of that interval"),
     Column("score_clean", ".3f", "the same by the rules 'clean', without the official evaluator's artefacts"),
@@ -78,6 +81,11 @@ class Scores:
         return None if value is None else float(value)
 
     @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The (crop, class) that count in the scores."""
+        return [(entry["crop"], entry["label"]) for entry in self.content["records"] if entry.get("status") != "failed"]
+
+    @property
     def classes(self) -> list[str]:
         """The scored classes in the challenge's order."""
         named = {*self.content["dice"], *self.content["aggregate"]["label_scores"]}
@@ -90,23 +98,41 @@ def read_scores(score_jsons: Iterable[Path]) -> list[Scores]:
     return [Scores(str(content["model"]), str(content["fold"]), content) for content in contents]
 
 
-def score_rows(scores: Sequence[Scores], metrics: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[ScoreRow]:
+def read_metrics(metrics_jsons: Iterable[Path]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return the contents of metrics.json files by (model, fold). Raises ContractError for an unreadable file."""
+    contents = [read_json(path, "run `snakemake -R train`") for path in metrics_jsons]
+    return {(str(content["model"]), str(content["fold"])): content for content in contents}
+
+
+def score_rows(
+    scores: Sequence[Scores], metrics: Mapping[tuple[str, str], Mapping[str, Any]], ceilings: Ceilings
+) -> list[ScoreRow]:
     """Return one overall row per source and fold, followed by one row per class; means where a source has many folds.
 
-    metrics: contents of metrics.json by (model, fold); the ensemble has none.
+    metrics: contents of metrics.json by (model, fold); the ensemble has none. ceilings: of all grids; a model's grid
+    counts for it, for the ensemble the grid nearest each crop. Where one is lacking `grid_ceiling` is empty.
     """
     rows: list[ScoreRow] = []
     for source in dict.fromkeys(entry.source for entry in scores):
         of_source = [entry for entry in scores if entry.source == source]
-        by_fold = [_rows_of(entry, metrics.get((entry.source, entry.fold), {})) for entry in of_source]
+        by_fold = [_rows_of(entry, metrics.get((entry.source, entry.fold), {}), ceilings) for entry in of_source]
         if len(by_fold) > 1:
             rows += _mean_rows(by_fold)
         rows += [row for fold_rows in by_fold for row in fold_rows]
     return rows
 
 
-def _rows_of(entry: Scores, metrics: Mapping[str, Any]) -> list[ScoreRow]:
+def grid_ceiling(entry: Scores, metrics: Mapping[str, Any], ceilings: Ceilings) -> Pooled:
+    """Return what the labels score on the grid that served each crop: the model's, or, for an ensemble, the nearest.
+
+    metrics: content of the model's metrics.json, empty for the ensemble.
+    """
+    return pooled_ceiling(ceilings.serving(entry.pairs, metrics.get("grid")), entry.pairs, entry.content["rules"])
+
+
+def _rows_of(entry: Scores, metrics: Mapping[str, Any], ceilings: Ceilings) -> list[ScoreRow]:
     content = entry.content
+    ceiling = grid_ceiling(entry, metrics, ceilings)
     base: ScoreRow = {column.name: None for column in SCORE_COLUMNS}
     base |= {"source": entry.source, "fold": entry.fold, "rules": content["rules"]}
     crops_of = {
@@ -118,6 +144,7 @@ def _rows_of(entry: Scores, metrics: Mapping[str, Any]) -> list[ScoreRow]:
         "crops": len({record["crop"] for record in content["records"]}),
         "dice": entry.mean_dice,
         "score": entry.overall(),
+        "grid_ceiling": ceiling.overall,
         "score_low": content["interval"]["low"],
         "score_high": content["interval"]["high"],
         "score_clean": entry.overall("clean"),
@@ -142,6 +169,7 @@ def _rows_of(entry: Scores, metrics: Mapping[str, Any]) -> list[ScoreRow]:
                 "hausdorff": official.get("normalized_hausdorff_distance"),
                 "combined": official.get("combined_score"),
                 "score": entry.class_score(name),
+                "grid_ceiling": ceiling.classes.get(name),
                 "score_clean": entry.class_score(name, "clean"),
                 "score_background": entry.class_score(name, "background"),
             }
@@ -177,24 +205,29 @@ def _as_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     return stream.getvalue()
 
 
-def write_scores(score_jsons: Sequence[Path], metrics_jsons: Sequence[Path], out_csv: Path, out_html: Path) -> None:
+def write_scores(
+    score_jsons: Sequence[Path],
+    metrics_jsons: Sequence[Path],
+    ceiling_jsons: Sequence[Path],
+    out_csv: Path,
+    out_html: Path,
+    *,
+    folds_csv: Path | None = None,
+) -> None:
     """Write the table of scores as CSV, and as a sortable HTML page that needs nothing but itself.
 
-    score_jsons: `scores/{source}/fold{k}.json`; metrics_jsons: `train/{model}/fold{k}/metrics.json`.
+    score_jsons: `scores/{source}/fold{k}.json`; metrics_jsons: `train/{model}/fold{k}/metrics.json`; ceiling_jsons:
+    `ceiling/{grid}/shard{n}.json` of all grids in use; folds_csv: the fold table, described on the page.
     One overall row per source and fold, then one row per class (`score_rows`); numbers with six digits in the CSV.
     """
-    scores = read_scores(score_jsons)
-    metrics = {}
-    for path in metrics_jsons:
-        content = read_json(path, "run `snakemake -R train`")
-        metrics[str(content["model"]), str(content["fold"])] = content
-    rows = score_rows(scores, metrics)
+    scores, metrics = read_scores(score_jsons), read_metrics(metrics_jsons)
+    rows = score_rows(scores, metrics, read_ceilings(ceiling_jsons))
     write_text(out_csv, _as_csv([column.name for column in SCORE_COLUMNS], rows))
     learned = {str(name) for content in metrics.values() for name in content["classes"]}
-    write_text(out_html, _scores_page(scores, rows, learned))
+    write_text(out_html, _scores_page(scores, rows, learned, describe_folds(folds_csv) if folds_csv else ""))
 
 
-def _scores_page(scores: Sequence[Scores], rows: Sequence[ScoreRow], learned: Collection[str]) -> str:
+def _scores_page(scores: Sequence[Scores], rows: Sequence[ScoreRow], learned: Collection[str], division: str) -> str:
     overall = [row for row in rows if row["class"] == OVERALL]
     by_class = [row for row in rows if row["class"] != OVERALL]
     overall_columns = [column for column in SCORE_COLUMNS if column.name not in _OF_CLASSES]
@@ -204,6 +237,12 @@ def _scores_page(scores: Sequence[Scores], rows: Sequence[ScoreRow], learned: Co
         paragraph(
             "Every number is measured on validation crops that the model never saw in training. All are without unit; "
             "1 is perfect. Click on a column's head to sort; hover over it for its meaning."
+        ),
+        *([paragraph(f"Validation: {division}.")] if division else []),
+        paragraph(
+            "Read each score beside its grid_ceiling: what the labels themselves score, over the same crops, after "
+            "their way to the model's grid and back. A score near its ceiling asks for a finer grid, not for a better "
+            "network."
         ),
         paragraph(_ceiling_sentence(scores, learned)),
         heading("Overall"),
@@ -251,102 +290,6 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV file as dicts of text."""
     with open(path, newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
-
-
-AUDIT_COLUMNS: tuple[Column, ...] = (
-    Column("class"),
-    Column("crops annotated", "d", "crops that hold an array of the class"),
-    Column("crops present", "d", "crops with at least one voxel of the class"),
-    Column("present (voxels)", ",d", "voxels on the grid known to be of the class"),
-    Column("absent (voxels)", ",d", "voxels known not to be of the class"),
-    Column("unknown (voxels)", ",d", "voxels of which nothing is known; they give no gradient and no score"),
-    Column("present / known (%)", ".3f", "share of the known voxels that are of the class"),
-    Column("known (%)", ".1f", "share of all voxels whose state is known"),
-)
-
-CROP_COLUMNS: tuple[Column, ...] = (
-    Column("crop"),
-    Column("verdict", hint="keep; flag: looks wrong, used only if quality.keep lists it; reject"),
-    Column("cause"),
-    Column("label voxel (z x y x x, nm)"),
-    Column("EM level"),
-    Column("annotated", "d", "classes with an array in this crop"),
-    Column("EM on disk (%)", ".1f", "share of the label box with EM on disk"),
-    Column("overlaps (voxels)", ",d", "voxels of the source that two disjoint classes both claim"),
-    Column("warnings"),
-)
-
-
-def convert_records(convert_jsons: Iterable[Path]) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return the class list and the records, sorted by crop, of all shards of one grid."""
-    classes: list[str] = []
-    records: list[dict[str, Any]] = []
-    for path in convert_jsons:
-        shard = read_json(path, "run `snakemake -R convert`")
-        classes = list(shard["classes"])
-        records += shard["records"]
-    return classes, sorted(records, key=lambda record: str(record["crop"]))
-
-
-def write_audit(quality_csv: Path, convert_jsons: Sequence[Path], out_html: Path) -> None:
-    """Write the audit of one grid's labels as HTML: states per class over the crops that are used, and every crop.
-
-    quality_csv: `quality/{grid}/crops.csv`. Flagged and rejected crops are listed with their causes but not counted.
-    """
-    classes, records = convert_records(convert_jsons)
-    verdicts = {row["crop"]: row for row in read_csv(quality_csv)}
-    used = [record for record in records if verdicts.get(record["crop"], {}).get("verdict") == "keep"]
-    class_rows: list[list[Content]] = []
-    for name in classes:
-        counts = [record["counts"][name] for record in used if name in record["counts"]]
-        present, absent, unknown = (sum(count[state] for count in counts) for state in ("present", "absent", "unknown"))
-        known, total = present + absent, present + absent + unknown
-        class_rows.append(
-            [
-                Cell(name, colour_of(name)),
-                sum(name in record["annotated"] for record in used),
-                sum(count["present"] > 0 for count in counts),
-                present,
-                absent,
-                unknown,
-                100 * present / known if known else None,
-                100 * known / total if total else None,
-            ]
-        )
-    crop_rows = [_crop_row(record, verdicts.get(record["crop"], {})) for record in records]
-    tally = ", ".join(
-        f"{sum(row.get('verdict') == verdict for row in verdicts.values())} {verdict}" for verdict in VERDICTS
-    )
-    parts = [
-        paragraph(
-            f"{len(records)} crops: {tally}. A voxel's state is known for a class where the crop annotates the class, "
-            "or where an annotated class excludes it. Everything else is unknown: never background."
-        ),
-        heading("States per class (kept crops)"),
-        table(AUDIT_COLUMNS, class_rows, name="states"),
-        heading("Crops"),
-        table(CROP_COLUMNS, crop_rows, name="crops"),
-    ]
-    grid = read_json(convert_jsons[0])["grid"] if convert_jsons else ""
-    write_text(out_html, page(f"Audit of the labels, grid {grid}", parts))
-
-
-def _crop_row(record: Mapping[str, Any], quality: Mapping[str, str]) -> list[Content]:
-    verdict = quality.get("verdict", "")
-    lattice = record.get("label_lattice") or {}
-    level = record.get("em_level") or {}
-    fraction = record.get("em_valid_fraction")
-    return [
-        str(record["crop"]),
-        Cell(verdict, VERDICTS.get(verdict)),
-        quality.get("cause", ""),
-        " x ".join(f"{size:g}" for size in lattice.get("voxel_nm", [])),
-        str(level.get("path", "")),
-        len(record.get("annotated") or []),
-        None if fraction is None else 100 * float(fraction),
-        sum((record.get("overlaps") or {}).values()),
-        "; ".join(record.get("warnings") or []),
-    ]
 
 
 def _counted(number: int, noun: str) -> str:

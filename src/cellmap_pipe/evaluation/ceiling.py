@@ -1,0 +1,373 @@
+"""The best score that a grid allows: the labels themselves, taken to the grid and back, scored like a prediction.
+
+The label map of a converted crop becomes a perfect prediction, certain where a class is present and nothing elsewhere,
+and goes to the crop's own voxels as predictions do (prediction.postprocess). What is lost on the way no network that
+works on this grid can be blamed for. Where the label map knows nothing (outside the EM, say) nothing is predicted.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cellmap_pipe.classes import CLASSES
+from cellmap_pipe.config import RESULT_VERSIONS
+from cellmap_pipe.errors import CellmapError, ContractError
+from cellmap_pipe.evaluation.alignment import is_instance, match_geometry
+from cellmap_pipe.evaluation.challenge import INSTANCE_BYTES, SEMANTIC_BYTES, Record
+from cellmap_pipe.evaluation.inputs import check_truth, slabs
+from cellmap_pipe.evaluation.instance import score_instance
+from cellmap_pipe.evaluation.rules import get_rules
+from cellmap_pipe.evaluation.semantic import score_semantic
+from cellmap_pipe.evaluation.tasks import run_tasks
+from cellmap_pipe.files import canonical_json, digest, file_digest, read_json, remove_partials, write_json, write_text
+from cellmap_pipe.geometry import Lattice, Shape3
+from cellmap_pipe.prediction.ensemble import ClassVolumes
+from cellmap_pipe.prediction.postprocess import Masks, objects_of, outputs_of
+from cellmap_pipe.prediction.store import file_stem
+from cellmap_pipe.prepare.crops import read_crops
+from cellmap_pipe.prepare.labels import (
+    PRESENT,
+    UNKNOWN,
+    LabelArray,
+    LabelReader,
+    build_label_map,
+    decode_table,
+    empty_means,
+    read_label,
+)
+from cellmap_pipe.prepare.ngff import chunk_files, chunk_shape
+from cellmap_pipe.prepare.nifti import nifti_slabs
+
+logger = logging.getLogger(__name__)
+
+REMEDY = "run again with -R convert"
+
+# Planes of a label that are read at a time, at most: the chunks of the challenge's arrays are no thicker.
+_LAYER_PLANES = 128
+
+# What else it takes to score a label: slabs of the label map, and one slab that is resampled.
+_WORKING_BYTES = 300_000_000
+
+Rows = Callable[[int, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class CeilingTask:
+    """One (crop, label): the crop's conversion record, the classes that make the label up, and where things lie.
+
+    truth: group of the label's array. label_map: NIfTI of the crop on the grid.
+    """
+
+    crop: Record
+    label: str
+    parts: tuple[str, ...]
+    truth: Path
+    label_map: Path
+    thresholds: Mapping[str, float]
+    rules: str
+
+    @property
+    def target(self) -> Lattice:
+        """The crop's own voxels."""
+        return Lattice.from_dict(self.crop["label_lattice"])
+
+    @property
+    def grid(self) -> Lattice:
+        """The voxels of the label map."""
+        return Lattice.from_dict(self.crop["lattice"])
+
+    @property
+    def from_own_array(self) -> bool:
+        """Whether the label map lacks parts of this group in this crop, so that only the group's own array tells."""
+        return not set(self.parts) <= set(self.crop["annotated"])
+
+    @property
+    def bytes(self) -> int:
+        """An estimate of the memory that it takes."""
+        voxels = self.target.voxels
+        layer = math.prod(self.target.shape[1:]) * _LAYER_PLANES
+        grid = self.grid.voxels * 4 if self.from_own_array else 0
+        truth = voxels * INSTANCE_BYTES if is_instance(self.label) else min(voxels, layer) * SEMANTIC_BYTES
+        return _WORKING_BYTES + grid + truth
+
+
+def ceiling_shard(
+    convert_json: str | Path,
+    crops_csv: str | Path,
+    out_json: str | Path,
+    *,
+    data_root: str | Path,
+    nifti_dir: str | Path,
+    workers: int,
+    thresholds: Mapping[str, float],
+    derive: Sequence[str],
+    labels: Mapping[str, Any],
+    rules: str = "csc-2026.06",
+    memory_gb: float | None = None,
+) -> None:
+    """Write the scores of one shard's labels after their way to the grid and back: {grid, voxel_nm, rules, records}.
+
+    thresholds, derive: of the segmentation, see `postprocess.segment`; labels: what all-zero arrays mean, see
+    `evaluate_fold`. Scored are the configured classes and the groups derived from them, where a crop annotates them.
+    Record keys: crop, label, kind, status, voxel_size (the crop's own, nm), voxels (tp, fp, fn over the known ones),
+    known_voxels, truth_nm3 and kept_nm3 (volume of the class before and after), grid_nm3 (on the grid), and the
+    official keys tp, fp, fn, ..., which `challenge.aggregate` pools. A label that cannot be read is recorded with
+    status "failed" and its cause. Crops that have not changed are not scored again: their records lie beside
+    `out_json`, in a folder of its name.
+    Raises ContractError if a converted crop is not in crops.csv.
+    """
+    out_json = Path(out_json)
+    converted = read_json(convert_json, REMEDY)
+    listed = {row["crop"]: row for row in read_crops(crops_csv)}
+    parts, _ = outputs_of(converted["classes"], derive)
+    crops = {record["crop"]: record for record in converted["records"] if record["status"] == "ok"}
+    for name in crops:
+        if name not in listed:
+            raise ContractError(f"{name}: in {convert_json}, not in {crops_csv}; {REMEDY}")
+    sidecars = {name: out_json.with_suffix("") / f"{file_stem(name)}.json" for name in crops}
+    _remove_others(out_json.with_suffix(""), list(sidecars.values()))
+    tasks = {
+        name: [
+            CeilingTask(
+                crop=crop,
+                label=label,
+                parts=tuple(parts[label]),
+                truth=Path(data_root) / listed[name]["labels"] / label,
+                label_map=Path(nifti_dir) / crop["files"]["label"]["path"],
+                thresholds=thresholds,
+                rules=get_rules(rules).name,
+            )
+            for label in listed[name]["annotated"].split(";")
+            if label in parts and not _withdrawn(crop, label, labels)
+        ]
+        for name, crop in crops.items()
+    }
+    fingerprints = {name: _fingerprint(crop, tasks[name]) for name, crop in crops.items()}
+    records = {name: _earlier(sidecars[name], fingerprints[name]) for name in crops}
+    todo = [task for name, scored in tasks.items() if not records[name] for task in scored]
+    for task, record in run_tasks(score_ceiling_label, todo, [task.bytes for task in todo], workers, memory_gb):
+        name = task.crop["crop"]
+        records[name].append(record)
+        if len(records[name]) == len(tasks[name]) and all(entry["status"] != "failed" for entry in records[name]):
+            write_json(sidecars[name], {"fingerprint": fingerprints[name], "records": records[name]})
+            logger.info("%s: %d classes", name, len(records[name]))
+    order = list(CLASSES)
+    found = [entry for entries in records.values() for entry in entries]
+    contract = {
+        "grid": converted["grid"],
+        "voxel_nm": converted["voxel_nm"],
+        "rules": get_rules(rules).name,
+        "records": sorted(found, key=lambda entry: (entry["crop"], order.index(entry["label"]))),
+    }
+    # without indentation: the records of 48 classes would else outgrow the megabyte that a declared output may have
+    write_text(out_json, canonical_json(contract) + "\n")
+
+
+def _withdrawn(crop: Record, label: str, labels: Mapping[str, Any]) -> bool:
+    """Return whether the label's array is all zeros and is taken to say nothing."""
+    return label not in crop["annotated"] and empty_means(labels, crop["crop"], label) == "unknown"
+
+
+def _remove_others(folder: Path, listed: Sequence[Path]) -> None:
+    remove_partials(folder)
+    for path in set(folder.glob("*.json")) - set(listed):
+        path.unlink(missing_ok=True)
+
+
+def _fingerprint(crop: Record, tasks: Sequence[CeilingTask]) -> str:
+    """Return the digest of what determines a crop's records."""
+    return digest(
+        {
+            "version": RESULT_VERSIONS["ceiling"],
+            "input": crop["input_digest"],
+            "label_map": crop["files"]["label"]["sha256"],
+            "tasks": {task.label: [task.parts, task.rules, dict(task.thresholds)] for task in tasks},
+            # the conversion reads no groups, and so digests none, where all the configured classes have arrays
+            "groups": {task.label: _array_digest(task.truth) for task in tasks if task.label not in crop["classes"]},
+        }
+    )
+
+
+def _array_digest(path: Path) -> list[Any]:
+    """Return what the bytes of a label array and its mask depend on, the cause if it cannot be read."""
+    try:
+        label = read_label(path)
+        chunks = {
+            name: [level.lattice.to_dict(), *map(file_digest, chunk_files(level, (0, 0, 0), level.lattice.shape))]
+            for name, level in label.levels.items()
+        }
+        return [label.attributes, chunks]
+    except (CellmapError, OSError) as error:
+        return [str(error)]
+
+
+def _earlier(path: Path, fingerprint: str) -> list[Record]:
+    """Return the records that an earlier run left in `path`, if nothing has changed since; none otherwise."""
+    try:
+        content = read_json(path)
+        return list(content["records"]) if content["fingerprint"] == fingerprint else []
+    except (ContractError, KeyError, TypeError):
+        return []
+
+
+def score_ceiling_label(task: CeilingTask) -> Record:
+    """Return the record of one label of one crop; status "failed" with its cause if it cannot be scored."""
+    kind = "instance" if is_instance(task.label) else "semantic"
+    name = {"crop": task.crop["crop"], "label": task.label, "kind": kind, "voxel_size": list(task.target.voxel_nm)}
+    try:
+        return {**name, **(_nowhere(task) or _score(task))}
+    except MemoryError:
+        raise
+    except (CellmapError, OSError, ValueError, TypeError) as error:
+        logger.exception("%s/%s: %s", task.crop["crop"], task.label, error)
+        return {**name, "status": "failed", "is_missing": False, "cause": " ".join(str(error).split())}
+
+
+def _nowhere(task: CeilingTask) -> Record | None:
+    """Return the record of a label that is in no voxel of the crop and of the grid, None if it is in some."""
+    source, grid = task.crop["source_counts"].get(task.label), task.crop["counts"]
+    if source is None or source["present"] or any(grid[part]["present"] for part in task.parts):
+        return None
+    counts = {"tp": 0, "fp": 0, "fn": 0, "status": "scored"}
+    if is_instance(task.label):
+        nothing = np.zeros((1, 1, 1), np.uint8)
+        counts = score_instance(nothing, nothing, (1, 1, 1), rules=task.rules)
+    return _record(counts, {"tp": 0, "fp": 0, "fn": 0}, source["absent"], task.target.voxel_nm, 0.0)
+
+
+def _record(
+    counts: Record, voxels: Mapping[str, int], known: int, voxel_nm: Sequence[float], grid_nm3: float
+) -> Record:
+    size = math.prod(voxel_nm)
+    return {
+        **counts,
+        "is_missing": False,
+        "voxels": dict(voxels),
+        "known_voxels": known,
+        "truth_nm3": round((voxels["tp"] + voxels["fn"]) * size, 3),
+        "kept_nm3": round((voxels["tp"] + voxels["fp"]) * size, 3),
+        "grid_nm3": round(grid_nm3, 3),
+    }
+
+
+def _score(task: CeilingTask) -> Record:
+    reader = LabelReader(read_label(task.truth))
+    label, lattice = reader.label, reader.label.level.lattice
+    perfect = _perfect(task, label)
+    answer = _answer(task, perfect, lattice)
+    voxels, known_voxels = {"tp": 0, "fp": 0, "fn": 0}, 0
+    truths, masks = [], []
+    for part in slabs(lattice.shape, chunk_shape(label.level)[0]):
+        values, states = reader.read((part.start, 0, 0), (part.stop, *lattice.shape[1:]))
+        check_truth(values)
+        known = states != UNKNOWN
+        values = values * known
+        counts = score_semantic(answer(part), values, known)
+        for key in voxels:
+            voxels[key] += counts[key]
+        known_voxels += int(np.count_nonzero(known))
+        if is_instance(task.label):
+            truths.append(values)
+            masks.append(known)
+    if is_instance(task.label):
+        truth, mask = np.concatenate(truths), np.concatenate(masks)
+        truths.clear()
+        masks.clear()
+        counts = score_instance(answer(slice(None)), truth, lattice.voxel_nm, mask, task.rules)
+    else:
+        counts = {**voxels, "status": "scored"}
+    on_grid = task.crop["counts"].get(task.label, {}).get("present")
+    grid_voxels = perfect.voxels(task.parts) if on_grid is None else on_grid
+    return _record(counts, voxels, known_voxels, lattice.voxel_nm, grid_voxels * math.prod(task.grid.voxel_nm))
+
+
+def _answer(task: CeilingTask, perfect: "PerfectPrediction", lattice: Lattice) -> Callable[[slice], np.ndarray]:
+    """Return what gives planes of the perfect prediction on the truth's `lattice`: masks, ids for an instance class."""
+    mask = partial(Masks(perfect, task.thresholds).union, task.parts)
+    in_place = lattice.same_as(task.target)
+    if is_instance(task.label):
+        whole, _ = objects_of(mask, task.target, 1)
+    elif in_place:
+        return partial(_planes, mask, lattice)
+    else:
+        whole = _planes(mask, task.target, slice(0, task.target.shape[0])).view(np.uint8)
+    if not in_place:  # a label on other voxels than the crop's: the scorer aligns the segmentation
+        place = (task.target.voxel_nm, task.target.translation_nm, lattice.voxel_nm, lattice.shape)
+        whole = match_geometry(whole, task.label, *place, lattice.translation_nm, task.rules)
+    return lambda part: whole[part]
+
+
+def _planes(mask: Callable[[int, int], np.ndarray], lattice: Lattice, part: slice) -> np.ndarray:
+    """Return planes of a mask, bool (z, y, x), resampled a few at a time: a layer of chunks may be thick."""
+    result = np.empty((part.stop - part.start, *lattice.shape[1:]), bool)
+    for piece in slabs(result.shape):
+        result[piece] = mask(part.start + piece.start, part.start + piece.stop)
+    return result
+
+
+def _perfect(task: CeilingTask, label: LabelArray) -> "PerfectPrediction":
+    """Return the perfect prediction of the task's parts.
+
+    Of a group whose parts are not all annotated in the crop, the label map does not tell where they are: its own array
+    is taken to the grid by itself, and a network is taken to answer with any of the parts there.
+    """
+    if task.from_own_array:
+        own = build_label_map([label], task.grid, [task.label], valid=None, max_upsample=math.inf)
+        present = dict.fromkeys(task.parts, own.table[:, 0] == PRESENT)
+        return PerfectPrediction(lambda first, last: own.rows[first:last], present, task.grid, task.target)
+    classes = task.crop["classes"]
+    table = decode_table(task.crop["table"], len(classes))
+    present = {part: table[:, classes.index(part)] == PRESENT for part in task.parts}
+    label_map = LabelMapFile(task.label_map, task.grid.shape)
+    return PerfectPrediction(label_map.planes, present, task.grid, task.target)
+
+
+class PerfectPrediction(ClassVolumes):
+    """What a network without fault would answer on the grid: 255 where a class is present, else 0."""
+
+    def __init__(self, rows: Rows, present: Mapping[str, np.ndarray], grid: Lattice, target: Lattice) -> None:
+        """rows: gives the planes [first, last) of the label map. present: by class, whether a row holds it (bool)."""
+        super().__init__(grid, target)
+        self._rows, self._grid = rows, grid
+        self._value = {name: np.where(holds, 255, 0).astype(np.uint8) for name, holds in present.items()}
+
+    def block(self, name: str, box: tuple[slice, slice, slice]) -> np.ndarray:
+        """Return 255 p of a class in a box of the grid, uint8 (z, y, x)."""
+        z, y, x = box
+        return self._value[name][self._rows(z.start, z.stop)[:, y, x]]
+
+    def voxels(self, names: Sequence[str]) -> int:
+        """Return the number of voxels of the grid in which any of the classes is present."""
+        value = np.maximum.reduce([self._value[name] for name in names])
+        return sum(int(np.count_nonzero(value[self._rows(z.start, z.stop)])) for z in slabs(self._grid.shape))
+
+
+class LabelMapFile:
+    """The label map in a NIfTI file, read slab by slab; those before the planes asked for last are not held.
+
+    A request that begins before the last one's planes reads the file anew.
+    """
+
+    def __init__(self, path: Path, shape: Shape3) -> None:
+        self._path, self._shape = path, shape
+        self._open()
+
+    def _open(self) -> None:
+        self._slabs = nifti_slabs(self._path, self._shape)
+        self._first, self._held = 0, np.empty((0, *self._shape[1:]), np.uint8)
+
+    def planes(self, first: int, last: int) -> np.ndarray:
+        """Return the planes [first, last), unsigned (z, y, x). Raises ContractError if the file is damaged."""
+        if first < self._first:
+            self._open()
+        while (end := self._first + len(self._held)) < last:
+            done = min(first, end) - self._first
+            self._held = np.concatenate([self._held[done:], next(self._slabs)])
+            self._first += done
+        return self._held[first - self._first : last - self._first]
