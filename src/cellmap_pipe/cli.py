@@ -1,17 +1,20 @@
-"""The command `cellmap-pipe`: score, pack and check submissions, and make a synthetic challenge, without Snakemake.
+"""The command `cellmap-pipe`: fetch data, score, pack and check submissions, make a synthetic challenge, all without
+Snakemake.
 
 Thin: every command calls one function of the library and prints what it returns. An error is one line on standard error
 and exit status 2; a submission with problems gives exit status 1.
 """
 
 import argparse
+import json
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from cellmap_pipe.errors import CellmapError
+from cellmap_pipe.errors import CellmapError, ConfigError
 from cellmap_pipe.files import read_json, write_json
 
 
@@ -56,6 +59,62 @@ def _phantom(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _fetch(arguments: argparse.Namespace) -> int:
+    from cellmap_pipe.fetch import fetch, plan_fetch, plan_table
+
+    settings = {
+        "source": arguments.source,
+        "options": _options(arguments),
+        "root": arguments.root,
+        "crops": arguments.crops,
+        "volumes": arguments.volumes,
+        "classes": arguments.classes or None,
+        "em_path": arguments.em_path,
+        "labels_path": arguments.labels_path,
+        "grids": dict(_grid(words) for words in arguments.grid),
+        "max_upsample": arguments.max_upsample,
+        "context_nm": arguments.context_nm,
+        "max_train_gb": arguments.max_train_gb,
+        "workers": arguments.workers,
+        "retries": arguments.retries,
+    }
+    if arguments.dry_run:
+        rows = plan_fetch(**settings)
+        _say(plan_table(rows))
+        return 1 if any(row["problem"] for row in rows) else 0
+    logging.getLogger("cellmap_pipe.fetch").setLevel(logging.INFO)  # what is done shows while it lasts
+    out = arguments.out or arguments.root / "fetch.json"
+    record = fetch(out, recheck=arguments.recheck, **settings)
+    _say(f"{arguments.root}: {len(record['crops']) + len(record['volumes'])} crops and volumes are whole; see {out}")
+    return 0
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of the source's file system; a public bucket is read without an account."""
+    if arguments.options is None:
+        return {"anon": True} if arguments.source.startswith("s3://") else {}
+    try:
+        options = json.loads(arguments.options)
+    except ValueError as error:
+        raise ConfigError(f"--options {arguments.options}: is not JSON ({error})") from error
+    if not isinstance(options, dict):
+        raise ConfigError(f'--options {arguments.options}: must be a JSON object such as {{"anon": true}}')
+    return options
+
+
+def _grid(words: Sequence[str]) -> tuple[str, list[float] | str]:
+    """Return name and voxel size of a grid given on the command line."""
+    if list(words) == ["native"]:
+        return "native", "native"
+    try:
+        sizes = [float(word) for word in words]
+    except ValueError:
+        sizes = []
+    if len(sizes) != 3 or min(sizes) <= 0:
+        raise ConfigError(f"--grid {' '.join(words)}: give three voxel sizes z y x in nm, or native")
+    return "x".join(f"{size:g}" for size in sizes), sizes
+
+
 def _report(archive: Path, problems: Sequence[str], warnings: Sequence[str]) -> int:
     for line in [*(f"problem: {text}" for text in problems), *(f"warning: {text}" for text in warnings)]:
         _say(line)
@@ -71,7 +130,8 @@ def _say(text: str) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; each command's function stands under `run`."""
     parser = argparse.ArgumentParser(
-        prog="cellmap-pipe", description="Score, pack and check submissions, and make a synthetic challenge."
+        prog="cellmap-pipe",
+        description="Fetch data, score, pack and check submissions, and make a synthetic challenge.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -100,6 +160,35 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--classes", nargs="+", default=[], metavar="CLASS", help="what an empty class_label in the CSV stands for"
         )
+
+    fetch = commands.add_parser("fetch", help="copy crops and the EM round them from S3, a web server or a folder")
+    fetch.add_argument("--crops", type=Path, help="CSV of the crops, as train_crop_manifest.csv")
+    fetch.add_argument("--volumes", type=Path, help="CSV of the volumes, as test_crop_manifest.csv: EM alone")
+    fetch.add_argument("--root", type=Path, required=True, help="folder to copy to: {dataset}/{dataset}.zarr")
+    fetch.add_argument(
+        "--grid",
+        nargs="+",
+        action="append",
+        required=True,
+        metavar="NM",
+        help="voxel size (z y x, nm) that crops are brought to, or native; several may be given",
+    )
+    fetch.add_argument("--context-nm", type=float, default=512, help="EM round each box (default: %(default)s)")
+    fetch.add_argument("--max-upsample", type=float, default=4, help="default: %(default)s")
+    fetch.add_argument(
+        "--max-train-gb", type=float, default=8, help="largest crop of a grid in training (default: %(default)s)"
+    )
+    fetch.add_argument("--classes", nargs="+", metavar="CLASS", help="class arrays to copy (default: all in the CSV)")
+    fetch.add_argument("--source", default="s3://janelia-cosem-datasets", help="folder or URL (default: %(default)s)")
+    fetch.add_argument("--options", help='JSON for the source\'s file system (default for s3://: {"anon": true})')
+    fetch.add_argument("--em-path", default="recon-1/em/fibsem-uint8", help="default: %(default)s")
+    fetch.add_argument("--labels-path", default="recon-1/labels/groundtruth", help="default: %(default)s")
+    fetch.add_argument("--workers", type=int, default=32, help="files copied at once (default: %(default)s)")
+    fetch.add_argument("--retries", type=int, default=5, help="further attempts at a file (default: %(default)s)")
+    fetch.add_argument("--recheck", action="store_true", help="compare the files that are here by MD5, not by size")
+    fetch.add_argument("--dry-run", action="store_true", help="print the bytes that would be copied")
+    fetch.add_argument("--out", type=Path, help="JSON of what is there (default: fetch.json in the root)")
+    fetch.set_defaults(run=_fetch)
 
     phantom = commands.add_parser("phantom", help="make a synthetic challenge with known truth")
     phantom.add_argument("root", type=Path, help="folder to write")

@@ -100,3 +100,17 @@ def test_faults_of_the_library_are_not_hidden(tmp_path, monkeypatch):
 
     monkeypatch.setattr("cellmap_pipe.phantom.write_challenge", broken)
     assert main(["phantom", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--grid", "8", "8"], "--grid 8 8: give three voxel sizes"),
+        (["--grid", "8", "8", "8", "--options", "{anon"], "is not JSON"),
+        (["--grid", "native", "--options", "[1]"], "must be a JSON object"),
+        (["--grid", "native"], "name nothing to fetch"),
+    ],
+)
+def test_what_is_wrong_with_a_fetch_is_said_before_it_begins(tmp_path, capsys, extra, message):
+    assert main(["fetch", "--root", str(tmp_path / "data"), "--source", str(tmp_path), *extra]) == 2
+    assert message in capsys.readouterr().err
