@@ -34,7 +34,13 @@ from cellmap_pipe.phantom.shapes import Tube, coordinates
 
 SEED = 0
 CROPS = [(dataset, crop) for dataset in DATASETS for crop in dataset.crops]
-TROUBLE = {"blank EM", "EM not on disk", "nothing annotated"}  # what a quality check must reject
+TROUBLE = {  # what a quality check must not let through
+    "blank EM",
+    "EM not downloaded",
+    "unannotated",
+    "labels displaced",
+    "labels show twice the field of view",
+}
 
 
 @pytest.fixture(scope="session")
@@ -206,7 +212,8 @@ def test_annotation_metadata_agree_with_the_arrays(challenge: Path) -> None:
     for dataset, crop in CROPS:
         folder = _zarr_path(challenge, dataset) / LABELS_PATH / crop.name
         assert _attributes(folder)["cellmap"]["annotation"]["class_names"] == list(crop.classes)
-        assert {path.name for path in folder.iterdir() if path.is_dir()} - {"all"} == set(crop.classes)
+        masks = {f"{name}_mask" for name in crop.masked}
+        assert {path.name for path in folder.iterdir() if path.is_dir()} - {"all"} == {*crop.classes, *masks}
         for name in crop.classes:
             values = _label(challenge, dataset, crop, name)
             annotation = _attributes(folder / name / "s0")["cellmap"]["annotation"]
@@ -275,12 +282,12 @@ def test_trouble_is_there(challenge: Path) -> None:
     by_why = {crop.why: (dataset, crop) for dataset, crop in CROPS}
     dataset, crop = by_why["blank EM"]
     assert set(np.unique(_em_under(_em(challenge, dataset), dataset, crop)[0])) == {RESIN}
-    dataset, crop = by_why["EM not on disk"]
+    dataset, crop = by_why["EM not downloaded"]
     folder = _zarr_path(challenge, dataset) / EM_PATH
     assert not (folder / "s0/2/2/2").exists() and (folder / "s0/2/2/1").exists()
     assert not (folder / "s1/1/1/1").exists() and (folder / "s1/1/1/0").exists()
     assert not _em_under(_em(challenge, dataset), dataset, crop)[0].any()
-    dataset, crop = by_why["nothing annotated"]
+    dataset, crop = by_why["unannotated"]
     assert not crop.classes and (_zarr_path(challenge, dataset) / LABELS_PATH / crop.name / ".zattrs").exists()
     dataset, crop = by_why["beyond the EM"]
     assert 0.5 < crop.lattice(dataset.em).overlap_fraction(dataset.em) < 0.9

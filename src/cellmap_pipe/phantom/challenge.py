@@ -34,7 +34,9 @@ FORMAT_VERSION = 1
 class Crop:
     """A box with labels. `start`: its lower edge in EM voxels (z, y, x), fractions allowed. `why`: what it tests.
 
-    unknown: semantic classes that are not known in the first quarter of the box (along z).
+    unknown: semantic classes that are not known in the first quarter of the box (along z). masked: classes whose
+    `{class}_mask` leaves out the last quarter. displaced, zoom: labels that are not where they say: they show the cell
+    so many voxels further, and so many times more of it, seen from the box's lower corner.
     """
 
     number: int
@@ -45,6 +47,9 @@ class Crop:
     why: str = ""
     unknown: tuple[str, ...] = ()
     dense: bool = False
+    masked: tuple[str, ...] = ()
+    displaced: Vec3 = (0.0, 0.0, 0.0)
+    zoom: float = 1.0
 
     @property
     def name(self) -> str:
@@ -56,6 +61,16 @@ class Crop:
         return Lattice(
             self.voxel_nm, vec3([lo + v / 2 for lo, v in zip(lower, self.voxel_nm, strict=True)]), self.shape
         )
+
+    def shown(self, em: Lattice) -> Lattice:
+        """Return the lattice on which the labels are taken from the cell: that of the crop, unless it is misplaced."""
+        stated = self.lattice(em)
+        voxel = vec3([v * self.zoom for v in stated.voxel_nm])
+        start = [
+            lo + d * v + w / 2
+            for lo, d, v, w in zip(stated.lower_nm, self.displaced, stated.voxel_nm, voxel, strict=True)
+        ]
+        return Lattice(voxel, vec3(start), stated.shape)
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,7 @@ class Dataset:
 ISO = (16.0, 16.0, 16.0)
 FLAT = (24.0, 16.0, 16.0)
 FINE = (8.0, 8.0, 8.0)
+_SOME = ("ecs", "pm", "mito", "er_mem", "nuc", "cyto")
 _SPARSE = Contents(golgi=0, mito=3, endo=0, er=6, ves=34)
 
 DATASETS = (
@@ -109,9 +125,10 @@ DATASETS = (
         crops=(
             Crop(201, (0.25, 0.25, 0.75), (48, 72, 72), FLAT, EVERYTHING, "every class, off the EM's voxel grid"),
             Crop(202, (60, 88, 0), (48, 72, 72), FLAT, CLASSES, "every class of the list, no groups"),
-            Crop(203, (60, 0, 88), (48, 72, 72), FLAT, ("ecs", "pm", "nuc", "cyto"), "few classes"),
+            Crop(203, (60, 0, 88), (48, 72, 72), FLAT, ("ecs", "pm", "nuc", "cyto"), "few classes", masked=("cyto",)),
             Crop(204, (0, 88, 88), (36, 36, 36), (32.0, 32.0, 32.0), ("ecs", "mito", "nuc"), "coarse labels"),
-            Crop(205, (0, 88, 0), (32, 48, 48), FLAT, (), "nothing annotated"),
+            Crop(205, (0, 88, 0), (32, 48, 48), FLAT, (), "unannotated"),
+            Crop(206, (0, 0, 88), (48, 72, 72), FLAT, _SOME, "labels displaced", displaced=(4.0, -9.0, 6.0)),
         ),
     ),
     Dataset(
@@ -130,7 +147,8 @@ DATASETS = (
                 (*CLASSES[:7], "endo_mem", "endo_lum", "endo"),
                 "golgi and endo annotated, but absent",
             ),
-            Crop(304, (128, 128, 128), (64, 64, 64), FINE, ("ecs", "pm", "mito"), "EM not on disk"),
+            Crop(304, (128, 128, 128), (64, 64, 64), FINE, ("ecs", "pm", "mito"), "EM not downloaded"),
+            Crop(305, (88, 8, 8), (128, 128, 128), FINE, _SOME, "labels show twice the field of view", zoom=2.0),
         ),
         octants=all_octants(Contents(), [((0, 1, 1), _SPARSE)]),
         missing=((128, 128, 128), (32, 32, 32)),
@@ -203,15 +221,17 @@ def write_dataset(dataset: Dataset, folder: Path, rng: np.random.Generator) -> C
     layout.write_em(root, image, dataset.em, levels=3, missing=missing)
     for crop in dataset.crops:
         lattice = crop.lattice(dataset.em)
-        unknown = np.zeros(lattice.shape, bool)
+        unknown, masked = np.zeros(lattice.shape, bool), np.zeros(lattice.shape, bool)
         unknown[: lattice.shape[0] // 4] = True
+        masked[-(lattice.shape[0] // 4) :] = True
         layout.write_crop(
             root,
             crop.name,
-            sample(cell, lattice),
+            sample(cell, crop.shown(dataset.em)),
             lattice,
             crop.classes,
             unknown=dict.fromkeys(crop.unknown, unknown),
+            masked=dict.fromkeys(crop.masked, masked),
             dense=crop.dense,
         )
     return cell

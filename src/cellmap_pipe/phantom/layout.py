@@ -119,11 +119,13 @@ def write_crop(
     names: Sequence[str],
     *,
     unknown: Mapping[str, NDArray[np.bool_]],
+    masked: Mapping[str, NDArray[np.bool_]],
     dense: bool,
 ) -> None:
     """Write the crop's annotated classes `names`, with their metadata.
 
-    unknown: where a semantic class is unknown, by class. dense: write the array `all` of class ids beside the classes.
+    unknown: where a semantic class is unknown, by class. masked: what an array `{class}_mask` leaves out, by class.
+    dense: write the array `all` of class ids beside the classes.
     """
     group = root.require_group(f"{LABELS_PATH}/{crop}")
     described = {
@@ -150,6 +152,9 @@ def write_crop(
         attributes = {"cellmap": {"annotation": annotation}} | _multiscales(name, [lattice])
         image = group.create_group(name, attributes=attributes)
         _write_array(image, "s0", values, {"cellmap": {"annotation": annotation | counts}})
+    for name, left_out in masked.items():
+        image = group.create_group(f"{name}_mask", attributes=_multiscales(f"{name}_mask", [lattice]))
+        _write_array(image, "s0", (~left_out).astype(np.uint8), {})
     if dense:
         image = group.create_group("all", attributes=_multiscales("all", [lattice]))
         _write_array(image, "s0", truth.classes, {})
