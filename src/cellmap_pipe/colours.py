@@ -14,6 +14,14 @@ SERIES: tuple[str, ...] = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
 # Verdicts of the quality check.
 VERDICTS: dict[str, str] = {"keep": "#009E73", "flag": "#E69F00", "reject": "#D55E00"}
 
+# Verdicts of the registration check.
+REGISTRATIONS: dict[str, str] = {
+    "in place": "#009E73",
+    "displaced": "#E69F00",
+    "rescaled": "#E69F00",
+    "not assessable": "#BBBBBB",
+}
+
 _HUES: dict[str, str] = {
     "mito": "#009E73",
     "golgi": "#E6C800",

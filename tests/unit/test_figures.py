@@ -4,7 +4,6 @@ import csv
 import itertools
 import json
 
-import nibabel as nib
 import numpy as np
 import pytest
 import zarr
@@ -13,13 +12,11 @@ from skimage.color import rgb2lab
 
 from cellmap_pipe.classes import CLASSES
 from cellmap_pipe.colours import colour_of
-from cellmap_pipe.errors import ConfigError, ContractError
-from cellmap_pipe.files import describe_file
+from cellmap_pipe.errors import ConfigError
 from cellmap_pipe.geometry import Lattice
-from cellmap_pipe.prepare.labels import ABSENT, PRESENT, UNKNOWN, encode_table
-from cellmap_pipe.report.canvas import grey, overlaid, rgb, visible
+from cellmap_pipe.report.canvas import grey, grey_limits, overlaid, rgb, visible
 from cellmap_pipe.report.figures import class_scores, ensemble_gain, training_curves
-from cellmap_pipe.report.slices import predictions, quality_page
+from cellmap_pipe.report.slices import predictions
 
 FOURTEEN = (
     "ecs pm mito_mem mito_lum mito_ribo golgi_mem golgi_lum ves_mem ves_lum endo_mem endo_lum er_mem er_lum nuc"
@@ -79,6 +76,11 @@ def test_a_group_that_its_parts_cover_is_not_in_the_legend():
 def test_blank_em_keeps_its_brightness_and_other_em_is_stretched():
     assert np.allclose(grey(np.full((4, 4), 51, np.uint8)), 0.2)
     assert grey(np.arange(100, 200, dtype=np.uint8).reshape(10, 10)).max() == 1
+    assert grey_limits(np.empty(0, np.uint8)) == (0, 255)
+
+
+def test_em_is_stretched_between_given_limits():
+    assert np.allclose(grey(np.array([[40, 50, 60, 80]], np.uint8), (40, 60)), [0, 0.5, 1, 1])
 
 
 LATTICE = Lattice((8, 8, 8), (104, 204, 304), (5, 40, 60))
@@ -86,82 +88,6 @@ LATTICE = Lattice((8, 8, 8), (104, 204, 304), (5, 40, 60))
 
 def em_block(shape, seed=0):
     return np.random.default_rng(seed).integers(60, 200, shape, dtype=np.uint8)
-
-
-def write_nifti(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(np.ascontiguousarray(array.T), np.diag([8, 8, 8, 1])), path)
-
-
-@pytest.fixture
-def converted(tmp_path):
-    """Three crops of one grid: labelled, partly unknown, and without files."""
-    nifti, classes, records = tmp_path / "nifti", ["pm", "mito_mem"], []
-    table = np.full((256, 2), UNKNOWN, np.uint8)
-    table[0], table[1], table[2] = (ABSENT, ABSENT), (PRESENT, ABSENT), (ABSENT, PRESENT)
-    for index, name in enumerate(("crop1", "crop2")):
-        labels = np.zeros(LATTICE.shape, np.uint8)
-        labels[:, 10:20, 10:30], labels[:, 25:35, 10:30] = 1, 2
-        if name == "crop2":
-            labels[:, :, 30:] = 255
-        image_path, label_path = nifti / f"images/d_{name}_0000.nii.gz", nifti / f"labels/d_{name}.nii.gz"
-        write_nifti(image_path, em_block(LATTICE.shape, index))
-        write_nifti(label_path, labels)
-        records.append(
-            {
-                "crop": f"d/{name}",
-                "lattice": LATTICE.to_dict(),
-                "table": encode_table(table, [0, 1, 2, 255]),
-                "files": {"image": describe_file(image_path, nifti), "label": describe_file(label_path, nifti)},
-            }
-        )
-    records.append({"crop": "d/crop3", "status": "failed"})
-    shard = tmp_path / "shard0.json"
-    shard.write_text(json.dumps({"grid": "8nm", "classes": classes, "records": records}))
-    table_path = tmp_path / "crops.csv"
-    with open(table_path, "w", newline="") as stream:
-        csv.writer(stream).writerows(
-            [
-                ["crop", "verdict", "cause"],
-                ["d/crop1", "keep", ""],
-                ["d/crop2", "flag", "low contrast"],
-                ["d/crop3", "reject", "unreadable: no .zattrs"],
-            ]
-        )
-    return table_path, [shard], nifti
-
-
-def test_quality_page_shows_every_crop_in_the_colours_of_its_classes(converted, tmp_path):
-    table, shards, nifti = converted
-    quality_page(table, shards, tmp_path / "quality.png", nifti_dir=nifti)
-    picture = pixels(tmp_path / "quality.png")
-    assert picture.std() > 25
-    assert has_colour(picture, "pm")
-    assert has_colour(picture, "mito_mem")
-
-
-def test_quality_page_is_the_same_bytes_each_time(converted, tmp_path):
-    table, shards, nifti = converted
-    for name in ("a.png", "b.png"):
-        quality_page(table, shards, tmp_path / name, nifti_dir=nifti)
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-
-
-def test_quality_page_names_a_truncated_nifti_and_the_remedy(converted, tmp_path):
-    table, shards, nifti = converted
-    path = nifti / "labels/d_crop2.nii.gz"
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ContractError, match=r"d_crop2\.nii\.gz.*-R convert"):
-        quality_page(table, shards, tmp_path / "quality.png", nifti_dir=nifti)
-    assert not (tmp_path / "quality.png").exists()
-
-
-def test_quality_page_names_a_corrupt_nifti_of_the_right_size(converted, tmp_path):
-    table, shards, nifti = converted
-    path = nifti / "labels/d_crop2.nii.gz"
-    path.write_bytes(b"\x00" * path.stat().st_size)
-    with pytest.raises(ContractError, match=r"d_crop2\.nii\.gz: cannot be read as NIfTI.*-R convert"):
-        quality_page(table, shards, tmp_path / "quality.png", nifti_dir=nifti)
 
 
 def write_ngff(path, array, lattice):

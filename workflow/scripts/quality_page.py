@@ -4,17 +4,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellmap_pipe.log import job
-from cellmap_pipe.report.slices import quality_page
-from cellmap_pipe.report.tables import write_audit
+from cellmap_pipe.report.audit import write_audit
+from cellmap_pipe.report.quality import write_quality_page
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
 with job(snakemake):
-    quality_page(
+    write_quality_page(
         snakemake.input.crops,
         snakemake.input.converted,
-        Path(snakemake.output.figure),
+        Path(snakemake.output.page),
         nifti_dir=Path(snakemake.params.nifti_dir),
     )
     write_audit(snakemake.input.crops, snakemake.input.converted, Path(snakemake.output.audit))

@@ -59,14 +59,18 @@ def write_message(out: str | os.PathLike[str], text: str) -> None:
         figure.text(0.5, 0.5, text, ha="center", va="center", wrap=True)
 
 
-def grey(plane: np.ndarray) -> np.ndarray:
-    """Return an EM plane (y, x) as float32 in 0..1, stretched between its 0.5 and 99.5 percentiles.
+def grey_limits(values: np.ndarray) -> tuple[float, float]:
+    """Return the 0.5 and 99.5 percentiles of EM, which are drawn as black and white.
 
-    A plane of one single value keeps its own brightness, so that blank EM looks blank.
+    EM of one single value gets its type's own range, so that blank EM looks blank; so does an empty array.
     """
-    lo, hi = np.percentile(plane, (0.5, 99.5))
-    if hi - lo < 1:
-        lo, hi = 0.0, 255.0
+    lo, hi = np.percentile(values, (0.5, 99.5)) if values.size else (0.0, 0.0)
+    return (float(lo), float(hi)) if hi - lo >= 1 else (0.0, 255.0)
+
+
+def grey(plane: np.ndarray, limits: tuple[float, float] | None = None) -> np.ndarray:
+    """Return an EM plane (y, x) as float32 in 0..1, stretched between `limits`, or else between its own."""
+    lo, hi = limits or grey_limits(plane)
     return np.clip((plane.astype(np.float32) - lo) / (hi - lo), 0, 1)
 
 
@@ -119,7 +123,7 @@ def show_plane(axes: Axes, picture: np.ndarray, voxel_nm: Sequence[float]) -> No
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.set_anchor("NW")
-    length_nm = _round_length(0.35 * width * voxel_nm[1])
+    length_nm = round_length(0.35 * width * voxel_nm[1])
     text = f"{length_nm / 1000:g} µm" if length_nm >= 1000 else f"{length_nm:g} nm"
     # dark edges keep bar and text readable on bright EM
     ends = (0.04, 0.04 + length_nm / voxel_nm[1] / width)
@@ -134,7 +138,7 @@ def show_plane(axes: Axes, picture: np.ndarray, voxel_nm: Sequence[float]) -> No
     axes.set_ylim(height - 0.5, -0.5)
 
 
-def _round_length(most_nm: float) -> float:
+def round_length(most_nm: float) -> float:
     """Return the greatest of 1, 2, 5 x a power of ten that is at most `most_nm`."""
     power = 10.0 ** np.floor(np.log10(most_nm))
     return float(max(step * power for step in (1, 2, 5) if step * power <= most_nm * (1 + 1e-9)))

@@ -21,6 +21,7 @@ th[aria-sort=ascending]::after { content: " \\25B2"; } th[aria-sort=descending]:
 td.number, th.number { text-align: right; }
 td.long { white-space: normal; min-width: 20rem; }
 tr.strong td { font-weight: 600; background: #f7fafc; }
+tfoot td { border-top: 2px solid #888; }
 tbody tr:hover td { background: #fdf6e3; }
 .swatch { display: inline-block; width: .8em; height: .8em; margin-right: .45em; border: 1px solid #777;
   vertical-align: -.05em; }
@@ -92,39 +93,47 @@ def _cell(content: Content, column: Column) -> str:
     return f"<td{kind}>{swatch}{escape(str(cell.value))}</td>"
 
 
+def _row(columns: Sequence[Column], contents: Sequence[Content], *, strong: bool) -> str:
+    cells = "".join(_cell(content, column) for content, column in zip(contents, columns, strict=True))
+    return ('<tr class="strong">' if strong else "<tr>") + cells + "</tr>"
+
+
 def table(
     columns: Sequence[Column],
     rows: Sequence[Sequence[Content]],
     *,
     strong: Sequence[int] = (),
+    totals: Sequence[Content] = (),
     name: str = "table",
 ) -> str:
-    """Return an HTML table whose rows sort by a click on a column's head; rows with an index in `strong` stand out."""
+    """Return an HTML table whose rows sort by a click on a column's head; rows with an index in `strong` stand out.
+
+    totals: a last row that stays last.
+    """
     heads = "".join(
         f'<th scope="col" tabindex="0"{" class=number" if column.numeric else ""}'
         f' title="{escape(column.hint or "click to sort", quote=True)}">{escape(column.name)}</th>'
         for column in columns
     )
     marked = set(strong)
-    body = "\n".join(
-        ('<tr class="strong">' if index in marked else "<tr>")
-        + "".join(_cell(content, column) for content, column in zip(row, columns, strict=True))
-        + "</tr>"
-        for index, row in enumerate(rows)
-    )
+    body = "\n".join(_row(columns, row, strong=index in marked) for index, row in enumerate(rows))
+    foot = f"\n<tfoot>\n{_row(columns, totals, strong=True)}\n</tfoot>" if totals else ""
     return (
         f'<div class="scroll"><table id="{escape(name, quote=True)}"><thead><tr>{heads}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody></table></div>"
+        f"<tbody>\n{body}\n</tbody>{foot}</table></div>"
     )
 
 
-def page(title: str, parts: Sequence[str]) -> str:
-    """Return a whole HTML document with the `parts`, which are HTML already, under the `title`."""
+def page(title: str, parts: Sequence[str], *, style: str = "", script: str = "") -> str:
+    """Return a whole HTML document with the `parts`, which are HTML already, under the `title`.
+
+    style, script: CSS and JavaScript of this page, after those of all pages.
+    """
     body = "\n".join(parts)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
-        f"{body}\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}{style}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
+        f"{body}\n<script>{_SCRIPT}{script}</script>\n</body>\n</html>\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""The report's images: every crop with its labels and verdict; EM, truth and predictions of best and worst crops."""
+"""The report's images: EM, truth and predictions of the best and the worst validation crops."""
 
 import math
 import os
@@ -8,19 +8,15 @@ from pathlib import Path as FilePath
 from statistics import fmean
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import zarr
-from matplotlib.axes import Axes
 
 from cellmap_pipe.classes import CLASSES
-from cellmap_pipe.colours import VERDICTS
-from cellmap_pipe.errors import ContractError
-from cellmap_pipe.files import check_file, read_json
+from cellmap_pipe.files import read_json
 from cellmap_pipe.geometry import Lattice
 from cellmap_pipe.prepare.em import read_em
-from cellmap_pipe.prepare.labels import PRESENT, UNKNOWN, decode_table, label_states, read_label
-from cellmap_pipe.prepare.ngff import open_level, read_box, read_image
+from cellmap_pipe.prepare.labels import PRESENT, UNKNOWN, LabelReader, read_label
+from cellmap_pipe.prepare.ngff import read_image
 from cellmap_pipe.report.canvas import (
     class_legend,
     drawing,
@@ -31,87 +27,15 @@ from cellmap_pipe.report.canvas import (
     visible,
     write_message,
 )
-from cellmap_pipe.report.tables import ENSEMBLE, Scores, convert_records, read_csv, read_scores
+from cellmap_pipe.report.tables import ENSEMBLE, Scores, read_csv, read_scores
 
 Path = str | os.PathLike[str]
 
 # Pixels along the longer side of one drawn plane: more cannot be seen in the report.
-_THUMBNAIL = 256
 _PANEL = 512
 
 # Inches that all panels of a row share in the predictions.
 _ROW_INCH = 11.0
-
-
-def quality_page(quality_csv: Path, convert_jsons: Sequence[Path], out: Path, *, nifti_dir: Path) -> None:
-    """Draw the middle z plane of every crop of one grid, with its labels in the classes' colours, verdict and cause.
-
-    quality_csv: `quality/{grid}/crops.csv`; convert_jsons: all shards of the grid; nifti_dir: what the records' file
-    paths are relative to. Voxels of which no class is known are dimmed. A crop without files gets an empty tile.
-    Raises ContractError if a file is missing or damaged.
-    """
-    rows = sorted(read_csv(quality_csv), key=lambda row: row["crop"])
-    classes, records = convert_records(convert_jsons)
-    by_crop = {str(record["crop"]): record for record in records}
-    if not rows:
-        write_message(out, "No crop was found.")
-        return
-    columns = min(len(rows), 6 if len(rows) <= 60 else 10)
-    lines = math.ceil(len(rows) / columns)
-    seen: set[str] = set()
-    with drawing(out, (1.75 * columns + 0.2, 2.35 * lines + 0.6), dpi=100) as figure:
-        panels = figure.subplots(lines, columns, squeeze=False).ravel()
-        for axes in panels[len(rows) :]:
-            axes.set_axis_off()
-        for axes, row in zip(panels, rows, strict=False):
-            seen |= _draw_crop(axes, row, by_crop.get(row["crop"]), classes, nifti_dir)
-        class_legend(figure, [name for name in CLASSES if name in seen])
-
-
-def _draw_crop(
-    axes: Axes, row: Mapping[str, str], record: Mapping[str, Any] | None, classes: Sequence[str], nifti_dir: Path
-) -> set[str]:
-    """Draw one crop's tile and return the classes that are seen in it."""
-    verdict = row["verdict"]
-    dataset, _, crop = row["crop"].rpartition("/")
-    axes.set_title(f"{dataset}\n{crop}", fontsize=7, fontweight="normal", loc="left", pad=3)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    colour = VERDICTS.get(verdict, "#000000")
-    cause = f": {_shortened(row['cause'])}" if row["cause"] else ""
-    axes.set_xlabel(f"{verdict}{cause}", fontsize=7, color=colour, fontweight="bold", loc="left", labelpad=3)
-    if record is None or not record.get("files"):
-        axes.set_facecolor("#eeeeee")
-        axes.set_box_aspect(1)
-        axes.set_anchor("NW")
-        axes.text(0.5, 0.5, "no image", ha="center", va="center", fontsize=7, transform=axes.transAxes)
-        return set()
-    image, labels = (_middle_plane(record, kind, nifti_dir) for kind in ("image", "label"))
-    voxel_y, voxel_x = record["lattice"]["voxel_nm"][1:]
-    step = thinned(max(image.shape), _THUMBNAIL)
-    image, labels = image[::step, ::step], labels[::step, ::step]
-    table = decode_table(record["table"], len(classes))
-    states = table[labels]  # (y, x, C)
-    masks = {name: states[..., index] == PRESENT for index, name in enumerate(classes)}
-    known = (states != UNKNOWN).any(axis=-1)
-    show_plane(axes, overlaid(grey(image), masks, known), (voxel_y * step, voxel_x * step))
-    return visible(masks)
-
-
-def _shortened(text: str, most: int = 26) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def _middle_plane(record: Mapping[str, Any], kind: str, nifti_dir: Path) -> np.ndarray:
-    """Return the middle z plane (y, x) of a crop's NIfTI file, whose own axis order is x, y, z."""
-    remedy = "run `snakemake -R convert`"
-    path = check_file(record["files"][kind], nifti_dir, remedy)
-    try:
-        proxy = nib.nifti1.load(path).dataobj
-        plane = np.asarray(proxy[:, :, proxy.shape[2] // 2])
-    except Exception as error:  # nibabel, gzip and isal each raise their own
-        raise ContractError(f"{path}: cannot be read as NIfTI ({error}); {remedy}") from error
-    return plane.T
 
 
 @dataclass(frozen=True)
@@ -270,8 +194,7 @@ def _truth_plane(
         z, y, x = (np.clip(index, 0, size - 1) for index, size in zip(axes, lattice.shape, strict=True))
         y, x = y[::step], x[::step]
         lower, upper = (z[0], y.min(), x.min()), (z[0] + 1, y.max() + 1, x.max() + 1)
-        values = read_box(open_level(label.level), label.level, lower, upper)[0][np.ix_(y - y.min(), x - x.min())]
-        states, _ = label_states(values, label.attributes)
+        states = LabelReader(label).read(lower, upper)[1][0][np.ix_(y - y.min(), x - x.min())]
         states[~(inside[0][0] & np.outer(inside[1][::step], inside[2][::step]))] = UNKNOWN
         masks[name] = states == PRESENT
         known |= states != UNKNOWN
