@@ -23,12 +23,14 @@ from cellmap_pipe.training.zoo import check_network
 
 # Raise a stage's number whenever its code gives other results than before: library code triggers no rerun by itself.
 RESULT_VERSIONS: dict[str, int] = {
-    "phantom": 1,
-    "crops": 1,
-    "convert": 1,
-    "quality": 1,
-    "folds": 1,
+    "phantom": 2,
+    "crops": 2,
+    "convert": 2,
+    "quality": 2,
+    "ceiling": 1,
+    "folds": 2,
     "datalist": 1,
+    "nnunet": 1,
     "chunk": 2,
     "train": 1,
     "predict": 2,
@@ -36,7 +38,7 @@ RESULT_VERSIONS: dict[str, int] = {
     "segment": 1,
     "evaluate": 1,
     "submission": 1,
-    "report": 1,
+    "report": 2,
 }
 
 SUBSETS = ("validation", "test")
@@ -68,6 +70,7 @@ class Folds:
     seed: int
     group: str
     margin_nm: float
+    specimens: Mapping[str, str]
     datasplit: str | None = None
 
     @property
@@ -120,6 +123,7 @@ class Config:
     """The configuration of a run. `model` gives the models, those that the run does not use included."""
 
     data: Data
+    fetch: Mapping[str, Any]
     classes: tuple[str, ...]
     grids: Mapping[str, tuple[float, ...] | str]
     max_upsample: float
@@ -128,6 +132,7 @@ class Config:
     labels: Mapping[str, Any]
     quality: Mapping[str, Any]
     folds: Folds
+    nnunet: Mapping[str, Any]
     context_nm: float
     segment: Mapping[str, Any]
     rules: str
@@ -161,17 +166,73 @@ class Config:
             "classes": list(self.classes),
             "labels": self.labels,
             "max_upsample": self.max_upsample,
+            "max_train_gb": self.quality["max_train_gb"],
+            "context_nm": self.context_nm,
             "shards": self.shards,
             "revision": self.revisions["convert"],
         }
 
-    def quality_settings(self) -> dict[str, Any]:
+    def quality_settings(self, grid: str) -> dict[str, Any]:
         thresholds = {key: value for key, value in self.quality.items() if key not in ("keep", "drop")}
-        return {"settings": thresholds, "keep": self.quality["keep"], "drop": self.quality["drop"]}
+        models = [self.model(name) for name in self.models]
+        return {
+            "settings": thresholds,
+            "keep": self.quality["keep"],
+            "drop": self.quality["drop"],
+            "context_nm": self.context_nm,
+            "models": [
+                {
+                    "name": model.name,
+                    "patch": model.train["patch"],
+                    "overlap": model.predict["overlap"],
+                    "batch": model.predict["batch"],
+                    "classes": len(model.classes),
+                    "memory_gb": model.predict["memory_gb"],
+                }
+                for model in models
+                if model.grid == grid
+            ],
+        }
+
+    def fetch_settings(self) -> dict[str, Any]:
+        """Return what `snakemake fetch` copies: from where, into where, and for which grids."""
+        fetch = dict(self.fetch)
+        context_nm = fetch.pop("context_nm")
+        grids = {grid: self.grids[grid] for grid in self.grids_in_use}
+        return {
+            **fetch,
+            "classes": list(self.classes) if fetch["classes"] == "configured" else None,
+            "root": self.data.root,
+            "em_path": self.data.em_path,
+            "labels_path": self.data.labels_path,
+            "grids": grids,
+            "max_upsample": self.max_upsample,
+            "max_train_gb": self.quality["max_train_gb"],
+            "context_nm": self.context_nm if context_nm is None else float(context_nm),
+        }
+
+    def ceiling_settings(self) -> dict[str, Any]:
+        segment = self.segmentation_settings()
+        return {
+            "thresholds": segment["thresholds"],
+            "derive": segment["derive"],
+            "labels": self.labels,
+            "rules": self.rules,
+        }
+
+    def nnunet_settings(self, grid: str) -> dict[str, Any]:
+        number = self.nnunet["dataset_id"] + list(self.grids).index(grid)
+        return {"name": f"Dataset{number:03d}_{grid}", "classes": list(self.classes)}
 
     def fold_settings(self) -> dict[str, Any]:
         folds = self.folds
-        return {"n": folds.n, "seed": folds.seed, "group": folds.group, "margin_nm": folds.margin_nm}
+        return {
+            "n": folds.n,
+            "seed": folds.seed,
+            "group": folds.group,
+            "margin_nm": folds.margin_nm,
+            "specimens": folds.specimens,
+        }
 
     def chunk_settings(self) -> dict[str, Any]:
         return {
@@ -242,6 +303,7 @@ def load_config(
     folds = {**values["folds"], "run": tuple(str(fold) for fold in values["folds"]["run"])}
     config = Config(
         data=_section(Data, values["data"]),
+        fetch=values["fetch"],
         classes=tuple(values["classes"]),
         grids={name: _voxel(grid["voxel_nm"]) for name, grid in values["grids"].items()},
         max_upsample=float(values["max_upsample"]),
@@ -250,6 +312,7 @@ def load_config(
         labels=values["labels"],
         quality=values["quality"],
         folds=_section(Folds, folds),
+        nnunet=values["nnunet"],
         context_nm=float(values["chunks"]["context_nm"]),
         segment=values["segment"],
         rules=values["evaluate"]["rules"],

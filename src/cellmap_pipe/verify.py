@@ -1,9 +1,12 @@
 """Whether the bulk files are still what the results say of them."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from cellmap_pipe.errors import ContractError
+from cellmap_pipe.fetch import fetch_digest, verify_fetch
 from cellmap_pipe.files import check_file, read_json
 from cellmap_pipe.prepare.store import verify_store
 
@@ -17,18 +20,21 @@ _VOLUME_LISTS = {
 }
 
 
-def verify_results(results: str | Path) -> int:
+def verify_results(results: str | Path, data_root: str | Path | None = None) -> int:
     """Return how many contracts under the folder `results` were compared with the disk: all that are there.
 
-    Compared are, by digest, the NIfTI files of each grid and the training stores, and, by presence, the arrays of
-    predictions, ensembles and segmentations. Each fault is logged. Raises ContractError with the number of faults and
-    the first of them.
+    Compared are, by digest, the NIfTI files of each grid, exports and the training stores, and, by presence, the arrays
+    of predictions, ensembles and segmentations, and of what was fetched into `data_root`. Each fault is logged.
+    Raises ContractError with the number of faults and the first of them.
     """
     results = Path(results)
     faults: list[str] = []
     checked = 0
     for shard in sorted(results.glob("convert/*/shard*.json")):
         faults += _faults_of_conversion(shard, results / "nifti" / shard.parent.name)
+        checked += 1
+    for index in sorted(results.glob("nnunet/*.json")):
+        faults += _faults_of_export(index)
         checked += 1
     for index in sorted(results.glob("chunks/*/index.json")):
         faults += verify_store(index)
@@ -37,6 +43,9 @@ def verify_results(results: str | Path) -> int:
         for path in sorted(results.glob(pattern)):
             faults += _missing_arrays(path, f"run `snakemake -R {stage}`")
             checked += 1
+    if data_root is not None and fetch_digest(data_root):
+        faults += [f"{data_root}: {line}; run `snakemake fetch -R fetch`" for line in verify_fetch(data_root)]
+        checked += 1
     for fault in faults:
         logger.error(fault)
     if faults:
@@ -47,13 +56,24 @@ def verify_results(results: str | Path) -> int:
 
 def _faults_of_conversion(shard: Path, nifti_dir: Path) -> list[str]:
     remedy = "run `snakemake -R convert`"
+    records = read_json(shard, remedy)["records"]
+    return _faults((file for record in records for file in record.get("files", {}).values()), nifti_dir, remedy)
+
+
+def _faults_of_export(index: Path) -> list[str]:
+    remedy = "run `snakemake export_nnunet -R nnunet`"
+    contract = read_json(index, remedy)
+    files = (file for case in contract["cases"].values() for file in case["files"].values())
+    return _faults(files, index.parent / contract["folder"], remedy)
+
+
+def _faults(contracts: Iterable[dict[str, Any]], folder: Path, remedy: str) -> list[str]:
     faults = []
-    for record in read_json(shard, remedy)["records"]:
-        for contract in record.get("files", {}).values():
-            try:
-                check_file(contract, nifti_dir, remedy, full=True)
-            except ContractError as error:
-                faults.append(str(error))
+    for contract in contracts:
+        try:
+            check_file(contract, folder, remedy, full=True)
+        except ContractError as error:
+            faults.append(str(error))
     return faults
 
 

@@ -200,3 +200,17 @@ def test_the_resolved_configuration_cannot_be_changed():
 def test_the_schema_knows_every_version_of_the_rules():
     schema = yaml.safe_load((ROOT / "workflow" / "schemas" / "config.yaml").read_text())
     assert sorted(schema["properties"]["evaluate"]["properties"]["rules"]["enum"]) == sorted(RULES)
+
+
+def test_fetch_copies_for_the_grids_of_the_models_in_use():
+    settings = resolve(
+        "{models: [segresnet_ds], chunks: {context_nm: 300}, fetch: {classes: configured}}"
+    ).fetch_settings()
+    assert settings["grids"] == {"8nm": (8, 8, 8)} and settings["context_nm"] == 300
+    assert settings["classes"] == FOURTEEN
+    assert resolve().fetch_settings()["classes"] is None
+
+
+def test_each_grid_is_an_nnunet_dataset_of_its_own():
+    config = resolve("nnunet: {dataset_id: 7}")
+    assert [config.nnunet_settings(grid)["name"] for grid in config.grids] == ["Dataset007_8nm", "Dataset008_32nm"]

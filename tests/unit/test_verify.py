@@ -37,6 +37,18 @@ def test_a_flipped_byte_is_named_with_its_remedy(results):
         verify_results(results)
 
 
+def test_a_damaged_export_is_named_with_its_remedy(results):
+    label = results / "nnunet/raw/Dataset801_8nm/labelsTr/ds_crop1.nii.gz"
+    label.parent.mkdir(parents=True)
+    label.write_bytes(b"not looked into")
+    case = {"files": {"label": describe_file(label, results / "nnunet/raw/Dataset801_8nm")}}
+    write_json(results / "nnunet/8nm.json", {"folder": "raw/Dataset801_8nm", "cases": {"ds_crop1": case}})
+    assert verify_results(results) == 3
+    label.write_bytes(b"cut")
+    with pytest.raises(ContractError, match=r"ds_crop1.nii.gz: 3 bytes .*-R nnunet"):
+        verify_results(results)
+
+
 def test_a_missing_prediction_is_named_with_its_remedy(results):
     volume = results / "predict/net/fold0/validation/volumes/ds_crop1.zarr"
     volume.rename(volume.with_name("gone.zarr"))

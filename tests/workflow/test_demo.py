@@ -57,15 +57,18 @@ def test_it_stays_within_its_budget(demo):
     assert spent <= 720
 
 
-def test_crops_that_cannot_be_used_are_rejected_with_their_cause(demo):
+def test_crops_that_cannot_be_trusted_are_left_out_with_their_cause(demo):
     with (demo / "results/quality/16nm/crops.csv").open() as stream:
         rows = {row["crop"]: row for row in csv.DictReader(stream)}
-    rejected = {crop: row["cause"] for crop, row in rows.items() if row["verdict"] == "reject"}
-    assert rejected == {
-        "phantom-1/crop106": "blank EM",
-        "phantom-2/crop205": "nothing annotated",
-        "phantom-3/crop304": "EM not on disk",
+    verdicts = {crop: (row["verdict"], row["cause"]) for crop, row in rows.items() if row["verdict"] != "keep"}
+    displaced, rescaled = verdicts.pop("phantom-2/crop206"), verdicts.pop("phantom-3/crop305")
+    assert verdicts == {
+        "phantom-1/crop106": ("reject", "blank EM"),
+        "phantom-2/crop205": ("reject", "unannotated"),
+        "phantom-3/crop304": ("reject", "EM not downloaded"),
     }
+    assert displaced[0] == rescaled[0] == "flag"
+    assert displaced[1].startswith("misregistered") and rescaled[1].startswith("resolution mismatch")
     used = [row for row in rows.values() if row["verdict"] == "keep"]
     assert len(used) >= 8
     assert len({row["dataset"] for row in used}) == 3
@@ -136,7 +139,14 @@ def test_the_submission_answers_every_row_and_can_be_scored(demo):
 
 def test_the_report_is_one_file_with_every_figure(demo):
     text = (demo / "report.html").read_text()
-    for name in ("quality_16nm.png", "audit_16nm.html", "training.svg", "scores.html", "predictions_fold0.png"):
+    for name in (
+        "quality_16nm.html",
+        "audit_16nm.html",
+        "ceiling_16nm.html",
+        "training.svg",
+        "scores.html",
+        "predictions_fold0.png",
+    ):
         assert name in text
 
 

@@ -1,4 +1,5 @@
 import sys
+from functools import cache
 from pathlib import Path
 
 from cellmap_pipe.config import load_config
@@ -86,7 +87,8 @@ def require_data():
     """
     root = Path(CONFIG.data.root)
     listed = Path("results/crops.csv").is_file()
-    if not (CONFIG.data.phantom or listed or root.is_dir()):
+    fetching = {"fetch", "fetch_plan"}.intersection(sys.argv)
+    if not (CONFIG.data.phantom or listed or fetching or root.is_dir()):
         refuse(
             f"data.root: '{root}' does not exist (looked in {Path.cwd()}); set data.root, in a file given by"
             " --configfile, to the folder that holds {dataset}/{dataset}.zarr"
@@ -98,6 +100,14 @@ def listing(wildcards):
     from cellmap_pipe.prepare.crops import data_listing
 
     return data_listing(config["data"])
+
+
+@cache
+def fetched():
+    """Return a digest of what `snakemake fetch` copied: converted crops follow it; others are noticed by `-R convert`."""
+    from cellmap_pipe.fetch import fetch_digest
+
+    return fetch_digest(CONFIG.data.root)
 
 
 def volumes_of(wildcards):
@@ -153,6 +163,8 @@ def everything(wildcards):
     """Return what `all` makes: what needs validation crops or volumes is left out where there are none."""
     targets = [*rules.training_curves.output]
     targets += expand(rules.quality_page.output, grid=CONFIG.grids_in_use)
+    targets += expand(rules.ceiling_page.output, grid=CONFIG.grids_in_use)
+    targets += expand(rules.datafold.output, grid=CONFIG.grids_in_use)
     if VALIDATED_FOLDS:
         targets += [*rules.compare.output]
         targets += expand(rules.predictions_page.output, fold=VALIDATED_FOLDS)

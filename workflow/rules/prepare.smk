@@ -55,6 +55,7 @@ rule convert:
     params:
         settings=lambda wc: canonical_json(CONFIG.conversion_settings(wc.grid)),
         version=CONFIG.version("convert"),
+        fetched=lambda wc: fetched(),
         nifti_dir="results/nifti/{grid}",
     script:
         "../scripts/convert.py"
@@ -72,7 +73,7 @@ rule quality:
     conda:
         "../envs/cellmap_pipe.yaml"
     params:
-        settings=canonical_json(CONFIG.quality_settings()),
+        settings=lambda wc: canonical_json(CONFIG.quality_settings(wc.grid)),
         version=CONFIG.version("quality"),
     script:
         "../scripts/quality.py"
@@ -113,6 +114,77 @@ rule datalist:
         nifti_dir=rules.convert.params.nifti_dir,
     script:
         "../scripts/datalist.py"
+
+
+rule datafold:
+    input:
+        crops=rules.quality.output.crops,
+        folds=rules.folds.output.table,
+        converted=rules.quality.input.converted,
+    output:
+        datalist="results/datalist/{grid}/datafold.json",
+    log:
+        "logs/datalist/{grid}_datafold.log",
+    localrule: True
+    conda:
+        "../envs/cellmap_pipe.yaml"
+    params:
+        version=CONFIG.version("datalist"),
+        nifti_dir=rules.convert.params.nifti_dir,
+    script:
+        "../scripts/datafold.py"
+
+
+rule nnunet:
+    input:
+        crops=rules.quality.output.crops,
+        folds=rules.folds.output.table,
+        converted=rules.quality.input.converted,
+    output:
+        index="results/nnunet/{grid}.json",
+    log:
+        "logs/nnunet/{grid}.log",
+    conda:
+        "../envs/cellmap_pipe.yaml"
+    threads: 8
+    resources:
+        mem_mb=lambda wc, attempt: 16000 * attempt,
+        runtime=240,
+    params:
+        settings=lambda wc: canonical_json(CONFIG.nnunet_settings(wc.grid)),
+        version=CONFIG.version("nnunet"),
+        nifti_dir=rules.convert.params.nifti_dir,
+        raw_dir="results/nnunet/raw",
+    script:
+        "../scripts/nnunet.py"
+
+
+rule export_nnunet:
+    input:
+        expand(rules.nnunet.output.index, grid=CONFIG.grids_in_use),
+    localrule: True
+
+
+rule ceiling:
+    input:
+        converted=rules.convert.output.index,
+        crops=rules.crops.output.table,
+    output:
+        index="results/ceiling/{grid}/shard{shard}.json",
+    log:
+        "logs/ceiling/{grid}_shard{shard}.log",
+    conda:
+        "../envs/cellmap_pipe.yaml"
+    threads: 8
+    resources:
+        mem_mb=lambda wc, attempt: 24000 * attempt,
+        runtime=480,
+    params:
+        settings=canonical_json(CONFIG.ceiling_settings()),
+        version=CONFIG.version("ceiling"),
+        nifti_dir=rules.convert.params.nifti_dir,
+    script:
+        "../scripts/ceiling.py"
 
 
 rule chunk:

@@ -3,8 +3,8 @@ rule quality_page:
         crops=rules.quality.output.crops,
         converted=rules.quality.input.converted,
     output:
-        figure=report(
-            "results/report/quality_{grid}.png",
+        page=report(
+            "results/report/quality_{grid}.html",
             category="Data",
             labels={"grid": "{grid}", "shows": "crops with labels and verdicts"},
             caption="../report/quality.rst",
@@ -27,6 +27,28 @@ rule quality_page:
         nifti_dir=rules.convert.params.nifti_dir,
     script:
         "../scripts/quality_page.py"
+
+
+rule ceiling_page:
+    input:
+        ceilings=expand(rules.ceiling.output.index, shard=SHARDS, allow_missing=True),
+        crops=rules.quality.output.crops,
+    output:
+        page=report(
+            "results/report/ceiling_{grid}.html",
+            category="Data",
+            labels={"grid": "{grid}", "shows": "best score that the grid allows"},
+            caption="../report/ceiling.rst",
+        ),
+    log:
+        "logs/report/ceiling_{grid}.log",
+    localrule: True
+    conda:
+        "../envs/cellmap_pipe.yaml"
+    params:
+        version=CONFIG.version("report"),
+    script:
+        "../scripts/ceiling_page.py"
 
 
 rule training_curves:
@@ -57,6 +79,10 @@ rule compare:
             rules.evaluate.output.scores, source=SOURCES, fold=VALIDATED_FOLDS
         ),
         metrics=expand(rules.train.output.metrics, model=MODELS, fold=VALIDATED_FOLDS),
+        ceilings=expand(
+            rules.ceiling.output.index, grid=CONFIG.grids_in_use, shard=SHARDS
+        ),
+        folds=rules.folds.output.table,
     output:
         table=report(
             "results/report/scores.csv",

@@ -9,4 +9,4 @@ if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
 with job(snakemake):
-    verify_results("results")
+    verify_results("results", snakemake.config["data"]["root"])
