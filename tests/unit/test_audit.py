@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from cellmap_pipe.prepare.statistics import summarise
 from cellmap_pipe.report.audit import AUDIT_COLUMNS, CROP_COLUMNS, write_audit
 
 CLASSES = ["pm", "nuc"]
@@ -100,6 +101,22 @@ def test_what_is_known_without_an_array_of_the_class_is_inferred(four):
     assert nuc[7:9] == ["40", "100.0"]  # of 40 + 120 voxels, from the exclusion by pm
 
 
+def test_true_negatives_are_those_of_the_statistics(tmp_path):
+    """Annotated and nowhere present, or known everywhere; not where nothing of an annotated class is known."""
+    records = [
+        record("d/crop1", (0, 40, 60), (0, 100, 0)),  # pm annotated; nuc excluded everywhere
+        record("d/crop2", (0, 0, 100), (0, 90, 10)),  # pm annotated, but unknown; nuc excluded in part
+        record("d/crop3", (5, 95, 0), (0, 0, 100)),
+    ]
+    found = rows(audit(tmp_path, *records, unused=()), "states")
+    column = [column.name for column in AUDIT_COLUMNS].index("crops absent")
+    histogram = {"dataset": "d", "em_stats": {"histogram": [1] * 256}}
+    statistics = summarise("8nm", [{**entry, **histogram} for entry in records], CLASSES)["classes"]
+    assert {name: int(found[name][column]) for name in CLASSES} == {"pm": 1, "nuc": 1}
+    assert {name: statistics[name]["crops_absent"] for name in CLASSES} == {"pm": 1, "nuc": 1}
+    assert found["all"][1:4] == ["3", "1", "1"]
+
+
 def test_totals_are_sums_over_classes_and_stay_last(four):
     total = rows(four, "states")["all"]
     assert total[1:8] == ["2", "1", "1", "40", "190", "130", "230"]
@@ -144,9 +161,12 @@ def test_every_crop_has_its_certificate(four):
     found = {crop: dict(zip(names, row, strict=True)) for crop, row in rows(four, "crops").items()}
     moved, unclear = found["d/crop4"], found["d/crop1"]
     assert (moved["registration"], moved["scale"], moved["margin"]) == ("displaced", "1", "2.00")
-    assert (moved["shift (z y x, voxels)"], moved["shift (z y x, nm)"]) == ("-3, 0, +10", "-24, 0, +80")
+    assert (moved["move labels (voxels)"], moved["move labels (nm)"]) == (
+        "-3, 0, +10",
+        "-24, 0, +80",
+    )
     assert (moved["label voxel (z y x, nm)"], moved["EM on disk (%)"]) == ("4 x 4 x 4", "50.0")
-    assert (unclear["registration"], unclear["shift (z y x, voxels)"]) == ("not assessable", "&ndash;")
+    assert (unclear["registration"], unclear["move labels (voxels)"]) == ("not assessable", "&ndash;")
     assert set(list(found["d/crop3"].values())[3:]) == {"&ndash;"}
 
 

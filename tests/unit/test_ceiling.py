@@ -21,8 +21,10 @@ from cellmap_pipe.files import digest, read_json, write_json
 from cellmap_pipe.geometry import Lattice
 from cellmap_pipe.prediction.postprocess import segment
 from cellmap_pipe.prediction.store import create_probabilities
-from cellmap_pipe.prepare.labels import PRESENT, build_label_map, count_states, decode_table, encode_table, read_label
+from cellmap_pipe.prepare.label_map import build_label_map
+from cellmap_pipe.prepare.labels import PRESENT, read_label
 from cellmap_pipe.prepare.nifti import read_nifti, write_nifti
+from cellmap_pipe.prepare.state_table import count_states, decode_table, encode_table
 from cellmap_pipe.report.ceiling import write_ceiling
 
 OPTIONS: dict[str, Any] = {
@@ -331,7 +333,7 @@ def test_the_page_tells_what_each_class_keeps(tmp_path: Path, crops_of: Any) -> 
     assert float(nuc[5]) > 0.9 and nuc[7] == "1.000" and 0.9 < float(nuc[10]) <= 1
     ecs = next(row for row in rows if row[0] == "ecs")
     assert ecs[3:5] == ["1", "0"] and ecs[10] == "&ndash;"
-    assert f"Most is lost by pm {pooled:.2f} ({100 * kept[0] / kept[1]:.0f} % of its volume)" in text
+    assert f"volume that is kept: pm ({pooled:.2f}, {100 * kept[0] / kept[1]:.0f} %)" in text
     before = (tmp_path / "page.html").read_bytes()
     write_ceiling([tmp_path / "ceiling/shard0.json"], tmp_path / "quality.csv", tmp_path / "page.html")
     assert (tmp_path / "page.html").read_bytes() == before

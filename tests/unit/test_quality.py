@@ -70,8 +70,8 @@ def certificate(verdict, **changes):
 
 
 MISREGISTERED = "misregistered: labels are off by (+3, +0, -12) voxels (z, y, x)"
-TWICE = "resolution mismatch: labels fit the image best at scale 2 (twice its field of view)"
-HALF = "resolution mismatch: labels fit the image best at scale 0.5 (half its field of view)"
+TWICE = "resolution mismatch: labels show twice the image's field of view (they fit best at scale 2)"
+HALF = "resolution mismatch: labels show half the image's field of view (they fit best at scale 0.5)"
 NOTHING_KNOWN = {name: {"present": 0, "absent": 0, "unknown": 120} for name in CLASSES}
 TOO_COARSE = "labels of 64x64x64 nm would be upsampled 8.00 times"
 
@@ -239,6 +239,20 @@ def test_keep_and_drop_have_the_last_word(tmp_path):
     assert "low contrast" in rows["ds/crop2"]["cause"]
     assert rows["ds/crop3"]["verdict"] == "reject"
     assert "nothing to use" in rows["ds/crop3"]["cause"]
+
+
+def test_a_crop_of_which_nothing_is_known_or_that_has_no_em_cannot_be_kept(tmp_path):
+    records = [record("ds/crop1", counts=NOTHING_KNOWN), record("ds/crop2", em_valid_fraction=0.0, em_stats=stats([0]))]
+    rows, _ = written(tmp_path, [*records, record("ds/crop3")], keep=["ds/crop1", "ds/crop2"])
+    for crop, cause in (("ds/crop1", "nothing known"), ("ds/crop2", "EM not downloaded")):
+        assert rows[crop]["verdict"] == "reject"
+        assert rows[crop]["cause"] == f"{cause} (listed in quality.keep, but there is nothing to use)"
+
+
+def test_a_certificate_that_says_nothing_has_no_figures(tmp_path):
+    rows, _ = written(tmp_path, [record("ds/crop1", **certificate("not assessable", margin=0.0))])
+    assert rows["ds/crop1"]["registration"] == "not assessable"
+    assert {rows["ds/crop1"][key] for key in ("shift", "scale", "margin")} == {""}
 
 
 def test_keep_overrides_the_memory_budget_and_a_resolution_mismatch(tmp_path):

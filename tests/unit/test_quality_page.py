@@ -17,7 +17,8 @@ from cellmap_pipe.errors import ContractError
 from cellmap_pipe.files import describe_file
 from cellmap_pipe.geometry import Lattice
 from cellmap_pipe.prepare import nifti
-from cellmap_pipe.prepare.labels import ABSENT, PRESENT, UNKNOWN, encode_table
+from cellmap_pipe.prepare.labels import ABSENT, PRESENT, UNKNOWN
+from cellmap_pipe.prepare.state_table import encode_table
 from cellmap_pipe.report.canvas import OPACITY, rgb
 from cellmap_pipe.report.quality import CAUSES, cause_of, write_quality_page
 
@@ -137,10 +138,40 @@ def test_figures_of_a_crop_stand_in_its_card_and_missing_ones_are_dashes(three):
     found = cards(page_of(*three))
     for figure in ("6 × 40 × 60 voxels of 8 nm", "91.3 % on disk", "training 310 MB, prediction 1.2 GB", "50 %"):
         assert figure in found["d/crop1"]
-    assert "in place, scale 1, shift (0, 0, +1) voxels, (0, 0, +8) nm, margin 1.25, by pm" in found["d/crop1"]
+    place = "in place; best with labels moved by (0, 0, +1) voxels = (0, 0, +8) nm; margin 1.25; by pm"
+    assert place in found["d/crop1"]
     assert "2 contradictions" in found["d/crop2"]
     assert "odd &lt;translation&gt;" in found["d/crop2"]
     assert found["d/crop3"].count("&ndash;") == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "in place; nothing fits better; margin 1; by pm, mito"),
+        (
+            {"verdict": "displaced", "shift": [6, -9, 6], "shift_nm": [96.0, -144.0, 96.0], "margin": 10.66},
+            "displaced; best with labels moved by (+6, -9, +6) voxels = (+96, -144, +96) nm; margin 10.7; by pm, mito",
+        ),
+        ({"verdict": "rescaled", "scale": 2.0, "margin": 13.9}, "rescaled; best at scale 2; margin 13.9; by pm, mito"),
+        ({"verdict": "not assessable", "margin": 0.0, "classes": []}, "not assessable"),
+    ],
+)
+def test_the_certificate_says_where_labels_fit_best(tmp_path, changes, words):
+    place = {"verdict": "in place", "scale": 1.0, "shift": [0, 0, 0], "shift_nm": [0.0, 0.0, 0.0], "margin": 1.0}
+    entry = record(tmp_path, "d/crop1", stripes(), registration=place | {"classes": ["pm", "mito"]} | changes)
+    card = cards(page_of(tmp_path, [entry], [row("d/crop1")], tmp_path))["d/crop1"]
+    assert f"</span>{words}</dd>" in card
+
+
+def test_a_resolution_mismatch_is_explained_by_its_verdict(tmp_path):
+    entries = [record(tmp_path, f"d/crop{n}", stripes()) for n in (1, 2)]
+    said = "resolution mismatch: labels show twice the image's field of view (they fit best at scale 2)"
+    rows = [row("d/crop1", "flag", said), row("d/crop2", "reject", "resolution mismatch: 8 times")]
+    text = page_of(tmp_path, entries, rows, tmp_path)
+    assert "check the voxel sizes" in cards(text)["d/crop1"] and "raise max_upsample" in cards(text)["d/crop2"]
+    assert "raise max_upsample" not in cards(text)["d/crop1"]
+    assert text.count('<td class="number" data-value="1">1</td>') == 2
 
 
 def test_crops_are_counted_by_verdict_and_cause(three):

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellmap_pipe.prepare.labels import ABSENT, PRESENT, UNKNOWN, count_states
+from cellmap_pipe.prepare.labels import ABSENT, PRESENT, UNKNOWN
+from cellmap_pipe.prepare.state_table import count_states
 from cellmap_pipe.prepare.statistics import summarise
 
 CLASSES = ["pm", "mito", "nuc"]

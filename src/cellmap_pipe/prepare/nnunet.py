@@ -34,9 +34,10 @@ from cellmap_pipe.files import check_file, describe_file, digest, read_json, rep
 from cellmap_pipe.geometry import Lattice
 from cellmap_pipe.prepare.convert import map_isolated
 from cellmap_pipe.prepare.datalist import REMEDY, Record, kept_records
-from cellmap_pipe.prepare.labels import ABSENT, PRESENT, count_values, decode_table
+from cellmap_pipe.prepare.labels import ABSENT, PRESENT
 from cellmap_pipe.prepare.nifti import nifti_slabs, write_nifti_slabs
 from cellmap_pipe.prepare.splits import read_folds
+from cellmap_pipe.prepare.state_table import count_values, decode_table
 
 logger = logging.getLogger(__name__)
 

@@ -182,7 +182,7 @@ def _misplaced(registration: Record) -> str:
     if registration["verdict"] == "rescaled":
         scale = registration["scale"]
         view = "twice" if scale > 1 else "half"
-        return f"resolution mismatch: labels fit the image best at scale {scale:g} ({view} its field of view)"
+        return f"resolution mismatch: labels show {view} the image's field of view (they fit best at scale {scale:g})"
     if registration["verdict"] == "displaced":
         shift = ", ".join(f"{-part:+d}" for part in registration["shift"])
         return f"misregistered: labels are off by ({shift}) voxels (z, y, x)"
@@ -208,7 +208,7 @@ def _overridden(record: Record, judged: tuple[str, str], keep: Sequence[str], dr
         return REJECT, "dropped by quality.drop"
     if crop not in keep or verdict == KEEP:
         return judged
-    if record["status"] != "ok" or record["em_valid_fraction"] == 0:
+    if record["status"] != "ok" or not record["em_valid_fraction"] or not supervised_pairs(record):
         return REJECT, f"{cause} (listed in quality.keep, but there is nothing to use)"
     return KEEP, f"kept by quality.keep in spite of: {cause}"
 
@@ -227,6 +227,7 @@ def _check_overrides(crops: Sequence[str], keep: Sequence[str], drop: Sequence[s
 
 def _row(record: Record, verdict: str, cause: str, memory: Memory | None) -> dict[str, Any]:
     lattice, em, registration = record["lattice"] or {}, record["em_stats"] or {}, record["registration"] or {}
+    placed = registration if registration.get("verdict") != "not assessable" else {}
     counts = record["counts"]
     voxels = sum(sum(count.values()) for count in counts.values())
     known = supervised_pairs(record)
@@ -246,9 +247,9 @@ def _row(record: Record, verdict: str, cause: str, memory: Memory | None) -> dic
         "em_mean": f"{em['mean']:.2f}" if em else "",
         "em_std": f"{em['std']:.2f}" if em else "",
         "registration": registration.get("verdict", ""),
-        "shift": ";".join(map(str, registration.get("shift", []))),
-        "scale": f"{registration['scale']:g}" if registration else "",
-        "margin": _decimals(registration.get("margin"), 3),
+        "shift": ";".join(map(str, placed.get("shift", []))),
+        "scale": f"{placed['scale']:g}" if placed else "",
+        "margin": _decimals(placed.get("margin"), 3),
         "train_mb": _decimals(memory.train / 1e6 if memory else None, 1),
         "predict_mb": _decimals(memory.predict / 1e6 if memory and memory.model else None, 1),
         "overlaps": ";".join(f"{pair}:{n}" for pair, n in sorted(record["overlaps"].items()) if n),

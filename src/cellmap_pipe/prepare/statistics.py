@@ -32,7 +32,7 @@ def summarise(grid: str, records: Iterable[Mapping[str, Any]], classes: Sequence
     for record in records:
         histograms[record["dataset"]] += np.asarray(record["em_stats"]["histogram"], np.int64)
         for name in classes:
-            _count(figures[name], record["counts"][name], name in record["annotated"])
+            _count(figures[name], record, name)
         overlaps.update(record["overlaps"])
         contradictions += [f"{record['crop']}: {sentence}" for sentence in record["contradictions"]]
     return {
@@ -58,22 +58,34 @@ def _intensities(histogram: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _count(figure: Counter[str], count: Mapping[str, int], annotated: bool) -> None:
+def is_true_negative(record: Mapping[str, Any], name: str) -> bool:
+    """Return whether a crop (record of prepare.convert) says that it has nothing of a class.
+
+    No voxel of the grid is of the class, and the crop either annotates it, with a voxel known to be of something else,
+    or leaves no voxel unknown (arrays of other classes exclude it everywhere).
+    """
+    count = record["counts"][name]
+    if count["present"] or not count["absent"]:
+        return False
+    return name in record["annotated"] or not count["unknown"]
+
+
+def _count(figure: Counter[str], record: Mapping[str, Any], name: str) -> None:
     """Add the voxels by state of one class in one crop to its figure."""
+    count, annotated = record["counts"][name], name in record["annotated"]
     figure.update({state: count[state] for state in STATES})
     if not annotated:
         figure["inferred"] += count["present"] + count["absent"]
-    nowhere = count["absent"] > 0 and not count["present"]
     figure["crops_annotated"] += annotated
     figure["crops_present"] += count["present"] > 0
-    figure["crops_absent"] += nowhere and (annotated or not count["unknown"])
+    figure["crops_absent"] += is_true_negative(record, name)
 
 
 def _occurrence(figure: Mapping[str, int]) -> dict[str, Any]:
     """Return how often a class occurs.
 
-    crops_annotated: crops that hold an array of it. crops_present: those with a voxel of it. crops_absent: true
-    negatives, without any although it is annotated there or known in every voxel. present, absent, unknown: voxels of
+    crops_annotated: crops that hold an array of it. crops_present: crops with a voxel of it. crops_absent: true
+    negatives (`is_true_negative`). present, absent, unknown: voxels of
     the grid. supervised: present + absent; inferred: those of them in crops that do not annotate the class itself.
     foreground_fraction: present / supervised, null if nothing is. imbalance: absent / present, null if none is present.
     """

@@ -6,16 +6,16 @@ from typing import Any
 
 from cellmap_pipe.colours import REGISTRATIONS, VERDICTS, colour_of
 from cellmap_pipe.files import read_json, write_text
+from cellmap_pipe.prepare.statistics import is_true_negative
 from cellmap_pipe.report.pages import Cell, Column, Content, heading, page, paragraph, table
 from cellmap_pipe.report.tables import read_csv
 
 Path = str | os.PathLike[str]
 Record = Mapping[str, Any]
 
-# Long heads are broken, and a crop's name stays in sight while its figures are scrolled.
+# A crop's name stays in sight while its figures are scrolled.
 _STYLE = """
-body { max-width: none; }
-th { white-space: normal; vertical-align: bottom; }
+th.number { min-width: 4.2rem; }
 #crops :is(th, td):first-child { position: sticky; left: 0; background: #fff; border-right: 1px solid #ddd; }
 #crops th:first-child { background: #f3f3f3; z-index: 1; }
 """
@@ -24,7 +24,7 @@ AUDIT_COLUMNS: tuple[Column, ...] = (
     Column("class"),
     Column("crops annotated", "d", "crops that hold an array of the class"),
     Column("crops present", "d", "crops with at least one voxel of the class"),
-    Column("crops absent", "d", "true negatives: annotated, and no voxel is of the class"),
+    Column("crops absent", "d", "true negatives: no voxel is of the class, which is annotated or known in every voxel"),
     Column("present (voxels)", ",d", "voxels on the grid known to be of the class"),
     Column("absent (voxels)", ",d", "voxels known not to be of the class"),
     Column("unknown (voxels)", ",d", "voxels of which nothing is known; they give no gradient and no score"),
@@ -37,22 +37,22 @@ AUDIT_COLUMNS: tuple[Column, ...] = (
 CROP_COLUMNS: tuple[Column, ...] = (
     Column("crop"),
     Column("verdict", hint="keep; flag: looks wrong, used only if quality.keep lists it; reject"),
-    Column("cause"),
-    Column("label voxel (z y x, nm)"),
-    Column("EM level"),
+    Column("cause", hint="why it is flagged or rejected, or kept in spite of what"),
+    Column("label voxel (z y x, nm)", hint="voxel size of the class arrays as stored"),
+    Column("EM level", hint="the resolution level that was read, chosen by its voxel size in nm"),
     Column("annotated", "d", "classes with an array in this crop"),
     Column("EM on disk (%)", ".1f", "share of the label box with EM on disk"),
     Column("registration", hint="where labels and image agree best: in place, displaced, rescaled, or not assessable"),
     Column("scale", "g", "0.5 or 2: the labels agree best with half or twice the image's field of view"),
-    Column("shift (z y x, voxels)", hint="by which the labels would have to move for the best agreement"),
-    Column("shift (z y x, nm)"),
-    Column("best", ".2f", "the best agreement of labels and image, in multiples of the chance level"),
-    Column("in place", ".2f", "the agreement where the labels lie, in the same"),
-    Column("margin", ".2f", "the ratio of both"),
+    Column("move labels (voxels)", hint="z, y, x: how far for the best agreement, in voxels of the grid"),
+    Column("move labels (nm)", hint="the same in nm"),
+    Column("best agreement", ".2f", "highest agreement of labels and image, in multiples of the chance level"),
+    Column("agreement in place", ".2f", "agreement where the labels lie, in the same multiples"),
+    Column("margin", ".2f", "best agreement / agreement in place; 1: nothing is better than in place"),
     Column("compared", hint="classes whose boundaries were compared with the image"),
     Column("overlaps (voxels)", ",d", "voxels of the source that two disjoint classes both claim"),
-    Column("contradictions", "d", "named above"),
-    Column("warnings"),
+    Column("contradictions", "d", "their number; they are named above"),
+    Column("warnings", hint="what is odd in the metadata or the arrays, without consequence for the verdict"),
 )
 
 
@@ -109,7 +109,7 @@ def _class_rows(classes: Sequence[str], used: Sequence[Record]) -> list[list[Con
             Cell(name, colour_of(name)),
             sum(name in record["annotated"] for record in used),
             sum(_count(record, name, "present") > 0 for record in used),
-            sum(name in record["annotated"] and not _count(record, name, "present") for record in used),
+            sum(is_true_negative(record, name) for record in used),
             *_voxel_figures([name], used),
         ]
         for name in classes
@@ -118,15 +118,11 @@ def _class_rows(classes: Sequence[str], used: Sequence[Record]) -> list[list[Con
 
 def _totals(classes: Sequence[str], used: Sequence[Record]) -> list[Content]:
     """Return the last row: crops in which any class is annotated, present, or absent; sums over the classes."""
-    annotated = [[name for name in classes if name in record["annotated"]] for record in used]
     return [
         "all",
-        sum(map(bool, annotated)),
+        sum(any(name in record["annotated"] for name in classes) for record in used),
         sum(any(_count(record, name, "present") for name in classes) for record in used),
-        sum(
-            any(not _count(record, name, "present") for name in names)
-            for record, names in zip(used, annotated, strict=True)
-        ),
+        sum(any(is_true_negative(record, name) for name in classes) for record in used),
         *_voxel_figures(classes, used),
     ]
 
@@ -157,7 +153,7 @@ def _voxel_figures(classes: Sequence[str], used: Sequence[Record]) -> list[Conte
 
 
 def _count(record: Record, name: str, state: str) -> int:
-    return int(record["counts"].get(name, {}).get(state, 0))
+    return int(record["counts"][name][state])
 
 
 def _overlaps(records: Sequence[Record]) -> list[str]:
@@ -225,7 +221,7 @@ def _crop_row(record: Record, quality: Mapping[str, str]) -> list[Content]:
         registration_shift(registration, "shift_nm") if assessed else None,
         registration.get("best"),
         registration.get("identity"),
-        registration.get("margin"),
+        registration.get("margin") if assessed else None,
         ", ".join(registration.get("classes") or []),
         sum((record.get("overlaps") or {}).values()) if measured else None,
         len(record.get("contradictions") or []) if measured else None,

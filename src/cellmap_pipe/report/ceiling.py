@@ -174,8 +174,8 @@ def _losers(records: Sequence[Record]) -> str:
     named = []
     for score, name in worst:
         kept = _share([entry for entry in records if entry["label"] == name], "kept_nm3")
-        named.append(f"{name} {score:.2f} ({kept:.0f} % of its volume)")
-    return f"Most is lost by {', '.join(named)}."
+        named.append(f"{name} ({score:.2f}, {kept:.0f} %)")
+    return f"The lowest scores, with the volume that is kept: {', '.join(named)}."
 
 
 def _share(records: Sequence[Record], key: str) -> float | None:

@@ -9,17 +9,19 @@ Value = str | int | float | None
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 14px/1.45 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #1b1b1b; background: #fff;
-  margin: 1.5rem; max-width: 1400px; }
+  margin: 1.5rem; }
 h1 { font-size: 1.4rem; margin: 0 0 .4rem; } h2 { font-size: 1.1rem; margin: 1.6rem 0 .3rem; }
 p { max-width: 62rem; margin: .3rem 0 .6rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .22rem .6rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
-th { position: sticky; top: 0; background: #f3f3f3; cursor: pointer; border-bottom: 2px solid #888; user-select: none; }
+th { position: sticky; top: 0; background: #f3f3f3; cursor: pointer; border-bottom: 2px solid #888; user-select: none;
+  white-space: normal; vertical-align: bottom; }
 th:focus-visible { outline: 2px solid #0072B2; }
 th[aria-sort=ascending]::after { content: " \\25B2"; } th[aria-sort=descending]::after { content: " \\25BC"; }
 td.number, th.number { text-align: right; }
 td.long { white-space: normal; min-width: 20rem; }
+@media (max-width: 45rem) { td.long { min-width: 12rem; } }
 tr.strong td { font-weight: 600; background: #f7fafc; }
 tfoot td { border-top: 2px solid #888; }
 tbody tr:hover td { background: #fdf6e3; }
@@ -98,6 +100,11 @@ def _row(columns: Sequence[Column], contents: Sequence[Content], *, strong: bool
     return ('<tr class="strong">' if strong else "<tr>") + cells + "</tr>"
 
 
+def _breakable(name: str) -> str:
+    """Return a name as HTML that may be broken into lines after each underscore."""
+    return escape(name).replace("_", "_<wbr>")
+
+
 def table(
     columns: Sequence[Column],
     rows: Sequence[Sequence[Content]],
@@ -112,7 +119,7 @@ def table(
     """
     heads = "".join(
         f'<th scope="col" tabindex="0"{" class=number" if column.numeric else ""}'
-        f' title="{escape(column.hint or "click to sort", quote=True)}">{escape(column.name)}</th>'
+        f' title="{escape(column.hint or "click to sort", quote=True)}">{_breakable(column.name)}</th>'
         for column in columns
     )
     marked = set(strong)

@@ -15,8 +15,9 @@ from PIL import Image
 from cellmap_pipe.classes import CLASSES
 from cellmap_pipe.colours import REGISTRATIONS, VERDICTS, colour_of
 from cellmap_pipe.files import check_file, read_json, write_text
-from cellmap_pipe.prepare.labels import PRESENT, UNKNOWN, decode_table
+from cellmap_pipe.prepare.labels import PRESENT, UNKNOWN
 from cellmap_pipe.prepare.nifti import nifti_slabs
+from cellmap_pipe.prepare.state_table import decode_table
 from cellmap_pipe.report.audit import convert_records, registration_shift
 from cellmap_pipe.report.canvas import DIMMED, OPACITY, grey, grey_limits, painting_order, rgb, round_length
 from cellmap_pipe.report.pages import Cell, Column, Content, heading, page, paragraph, table
@@ -58,9 +59,8 @@ CAUSES: Mapping[str, Cause] = {
         "look at the EM here; fetch it again if it is not blank at its source",
     ),
     "resolution mismatch": Cause(
-        "the grid would upsample EM or labels more than max_upsample times; or (flag) labels fit the image best at "
-        "half or twice its field of view",
-        "fetch a finer level, use a coarser grid or raise max_upsample; flagged: check the voxel sizes in the metadata",
+        "the grid would upsample EM or labels more than max_upsample times",
+        "fetch a finer level, use a coarser grid or raise max_upsample",
     ),
     "unannotated": Cause(
         "there is no array of any class, or labels.empty takes all of them as unknown",
@@ -75,7 +75,7 @@ CAUSES: Mapping[str, Cause] = {
         "raise the bound, or use a coarser grid",
     ),
     "misregistered": Cause(
-        "EM and labels agree best when the labels are moved by the shift of the certificate",
+        "the labels are off by the voxels named: moved back, they fit the image clearly better",
         "compare boundaries in the planes; list the crop in quality.keep if it is right",
     ),
     "low contrast": Cause(
@@ -94,8 +94,13 @@ CAUSES: Mapping[str, Cause] = {
     ),
 }
 
+# The same word on a flagged crop: voxel sizes as stated can be served, but do not seem to be true.
+_RESCALED = Cause(
+    "labels and image agree clearly better at half or twice the scale: one of the voxel sizes seems to be wrong",
+    "check the voxel sizes in the metadata of crop and EM; list the crop in quality.keep if they are right",
+)
+
 _STYLE = """
-body { max-width: none; }
 .bar { position: sticky; top: 0; z-index: 2; display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; align-items: center;
   background: #fff; padding: .5rem 0; border-bottom: 1px solid #bbb; }
 .bar fieldset { border: 0; margin: 0; padding: 0; display: flex; gap: .9rem; flex-wrap: wrap; }
@@ -208,6 +213,11 @@ def write_quality_page(quality_csv: Path, convert_jsons: Sequence[Path], out_htm
             "colours; voxels of which no class is known are dimmed. Keep is used; flag looks wrong and is used only "
             "if quality.keep lists the crop; reject is not used."
         ),
+        paragraph(
+            "Registration: where labels and image agree best. The margin says how many times better that is than in "
+            "place. Memory: on the host, for the crop alone; prediction is that of the most demanding model, without "
+            "the network. Known: of all pairs of voxel and class."
+        ),
         *_summary(rows),
         heading("Crops"),
         _controls(rows),
@@ -222,6 +232,12 @@ def cause_of(text: str) -> str:
     return next((name for name in CAUSES if text.startswith(name)), "")
 
 
+def _explained(verdict: str, cause: str) -> Cause | None:
+    """Return what the cause of a crop means with this verdict, None if it has none."""
+    name = cause_of(cause)
+    return _RESCALED if (verdict, name) == ("flag", "resolution mismatch") else CAUSES.get(name)
+
+
 def _summary(rows: Sequence[Mapping[str, str]]) -> list[str]:
     """Return the number of crops per verdict and cause, with what each cause means."""
     counts: dict[tuple[str, str], int] = {}
@@ -231,7 +247,7 @@ def _summary(rows: Sequence[Mapping[str, str]]) -> list[str]:
     order = {verdict: place for place, verdict in enumerate(VERDICTS)}
     lines: list[list[Content]] = []
     for (verdict, cause), count in sorted(counts.items(), key=lambda item: (order.get(item[0][0], 9), item[0][1])):
-        known = CAUSES.get(cause, Cause("", ""))
+        known = _explained(verdict, cause) or Cause("", "")
         lines.append([Cell(verdict, VERDICTS.get(verdict)), cause, count, known.meaning, known.remedy])
     columns = [Column("verdict"), Column("cause"), Column("crops", "d"), Column("meaning"), Column("what helps")]
     return [table(columns, lines, name="summary")] if lines else []
@@ -278,7 +294,7 @@ def _card(row: Mapping[str, str], record: Mapping[str, Any], picture: _Picture |
     }
     data = "".join(f' data-{key}="{escape(str(value), quote=True)}"' for key, value in values.items())
     colour = VERDICTS.get(verdict, "#000000")
-    known = CAUSES.get(cause_of(cause))
+    known = _explained(verdict, cause)
     lines = [
         f'<article class="crop"{data} style="border-left-color:{colour}">',
         f"<h3><span>{escape(row['crop'])}</span><span>{_swatch(colour)}{escape(verdict)}</span></h3>",
@@ -325,14 +341,15 @@ def _figures(row: Mapping[str, str], record: Mapping[str, Any]) -> list[tuple[st
     figures.append(("registration", _certificate(record.get("registration") or {})))
     figures.append(("present", _present(record)))
     if record.get("instances"):
-        figures.append(("instances", escape(", ".join(f"{name} {n:,}" for name, n in record["instances"].items()))))
+        ids = ", ".join(f"{name} {n:,}" for name, n in record["instances"].items())
+        figures.append(("instance ids", escape(ids)))
     return figures
 
 
 def _known(row: Mapping[str, str], record: Mapping[str, Any]) -> str:
     share = _percent(row.get("known_fraction", ""))
     classes, annotated = len(record.get("counts") or {}), len(record.get("annotated") or [])
-    return f"{share} of the states of {classes} classes; {annotated} annotated" if share else ""
+    return f"{share} of the states of {classes} classes; the crop annotates {annotated}" if share else ""
 
 
 def _certificate(registration: Mapping[str, Any]) -> str:
@@ -340,18 +357,17 @@ def _certificate(registration: Mapping[str, Any]) -> str:
     verdict = str(registration.get("verdict", ""))
     if not verdict:
         return '<span class="none">&ndash;</span>'
-    parts = [_swatch(REGISTRATIONS.get(verdict, "#FFFFFF")) + escape(verdict)]
+    words = escape(verdict)
     if verdict != "not assessable":
-        if "scale" in registration:
-            parts.append(f"scale {registration['scale']:g}")
-        parts.append(f"shift ({registration_shift(registration, 'shift')}) voxels")
-        if registration.get("shift_nm"):
-            parts.append(f"({registration_shift(registration, 'shift_nm')}) nm")
-        if registration.get("margin") is not None:
-            parts.append(f"margin {registration['margin']:.3g}")
-    if registration.get("classes"):
-        parts.append("by " + ", ".join(map(escape, registration["classes"])))
-    return ", ".join(parts)
+        moved = f"with labels moved by ({registration_shift(registration, 'shift')}) voxels"
+        moved += f" = ({registration_shift(registration, 'shift_nm')}) nm"
+        best = [f"at scale {registration['scale']:g}"] if registration["scale"] != 1 else []
+        best += [moved] if any(registration["shift"]) else []
+        words += f"; best {', '.join(best)}" if best else "; nothing fits better"
+        words += f"; margin {registration['margin']:.3g}"
+    if registration["classes"]:
+        words += f"; by {', '.join(map(escape, registration['classes']))}"
+    return _swatch(REGISTRATIONS.get(verdict, "#FFFFFF")) + words
 
 
 def _present(record: Mapping[str, Any]) -> str:
@@ -371,6 +387,8 @@ def _times(sizes: Sequence[float]) -> str:
 
 
 def _memory(megabytes: float) -> str:
+    if megabytes < 10:
+        return f"{megabytes:.1f} MB"
     return f"{megabytes:,.0f} MB" if megabytes < 1000 else f"{megabytes / 1000:,.1f} GB"
 
 
