@@ -27,7 +27,8 @@ from cellmap_pipe.errors import CellmapError
 from cellmap_pipe.geometry import Lattice
 from cellmap_pipe.prepare.crops import find_crops
 from cellmap_pipe.prepare.em import read_em
-from cellmap_pipe.prepare.labels import build_label_map, read_label
+from cellmap_pipe.prepare.label_map import build_label_map
+from cellmap_pipe.prepare.labels import read_label
 from cellmap_pipe.prepare.ngff import read_image
 from cellmap_pipe.prepare.nifti import encode_nifti
 

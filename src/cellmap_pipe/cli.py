@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,11 @@ def _phantom(arguments: argparse.Namespace) -> int:
 
 
 def _fetch(arguments: argparse.Namespace) -> int:
+    from cellmap_pipe.classes import get_class
     from cellmap_pipe.fetch import fetch, plan_fetch, plan_table
 
+    for name in arguments.classes or ():
+        get_class(name)
     settings = {
         "source": arguments.source,
         "options": _options(arguments),
@@ -74,6 +77,7 @@ def _fetch(arguments: argparse.Namespace) -> int:
         "grids": dict(_grid(words) for words in arguments.grid),
         "max_upsample": arguments.max_upsample,
         "context_nm": arguments.context_nm,
+        "train_context_nm": arguments.context_nm,
         "max_train_gb": arguments.max_train_gb,
         "workers": arguments.workers,
         "retries": arguments.retries,
@@ -113,6 +117,18 @@ def _grid(words: Sequence[str]) -> tuple[str, list[float] | str]:
     if len(sizes) != 3 or min(sizes) <= 0:
         raise ConfigError(f"--grid {' '.join(words)}: give three voxel sizes z y x in nm, or native")
     return "x".join(f"{size:g}" for size in sizes), sizes
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    """Return the type of an option that takes whole numbers from `least` on."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return number
 
 
 def _report(archive: Path, problems: Sequence[str], warnings: Sequence[str]) -> int:
@@ -155,7 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
     pack.set_defaults(run=_pack)
 
     for command in (score, validate, pack):
-        command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="default: %(default)s")
+        command.add_argument("--workers", type=_at_least(1), default=os.cpu_count() or 1, help="default: %(default)s")
     for command in (validate, pack):
         command.add_argument(
             "--classes", nargs="+", default=[], metavar="CLASS", help="what an empty class_label in the CSV stands for"
@@ -183,8 +199,10 @@ def build_parser() -> argparse.ArgumentParser:
     fetch.add_argument("--options", help='JSON for the source\'s file system (default for s3://: {"anon": true})')
     fetch.add_argument("--em-path", default="recon-1/em/fibsem-uint8", help="default: %(default)s")
     fetch.add_argument("--labels-path", default="recon-1/labels/groundtruth", help="default: %(default)s")
-    fetch.add_argument("--workers", type=int, default=32, help="files copied at once (default: %(default)s)")
-    fetch.add_argument("--retries", type=int, default=5, help="further attempts at a file (default: %(default)s)")
+    fetch.add_argument("--workers", type=_at_least(1), default=32, help="files copied at once (default: %(default)s)")
+    fetch.add_argument(
+        "--retries", type=_at_least(0), default=5, help="further attempts at a file (default: %(default)s)"
+    )
     fetch.add_argument("--recheck", action="store_true", help="compare the files that are here by MD5, not by size")
     fetch.add_argument("--dry-run", action="store_true", help="print the bytes that would be copied")
     fetch.add_argument("--out", type=Path, help="JSON of what is there (default: fetch.json in the root)")
@@ -203,6 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         return int(parsed.run(parsed))
+    except KeyboardInterrupt:
+        sys.stderr.write("ERROR stopped by Ctrl-C; what is written is whole: give the command again to go on\n")
+        return 130
     except (CellmapError, OSError) as error:
         sys.stderr.write(f"ERROR {' '.join(str(error).split())}\n")
         return 2

@@ -209,6 +209,7 @@ class Config:
             "max_upsample": self.max_upsample,
             "max_train_gb": self.quality["max_train_gb"],
             "context_nm": self.context_nm if context_nm is None else float(context_nm),
+            "train_context_nm": self.context_nm,
         }
 
     def ceiling_settings(self) -> dict[str, Any]:
@@ -407,6 +408,15 @@ def _check(values: Mapping[str, Any], sources: _Sources, known: Sequence[str], o
     ]
     if values["grid"] not in values["grids"]:
         faults.append(Fault(("grid",), f"is '{values['grid']}'; allowed: {', '.join(values['grids'])} (of `grids`)"))
+    number, count = values["nnunet"]["dataset_id"], len(values["grids"])
+    if number + count - 1 > 999:
+        faults.append(
+            Fault(
+                ("nnunet", "dataset_id"),
+                f"is {number}, which numbers the datasets of {count} grids up to {number + count - 1}; "
+                f"nnU-Net's numbers have three digits, so at most {1000 - count} is allowed",
+            )
+        )
     made_later = values["data"].get("phantom") is not None
     faults += [
         Fault(key, f"'{path}' does not exist (looked in {Path.cwd()}); correct the path or set it to null")

@@ -44,7 +44,7 @@ def verify_results(results: str | Path, data_root: str | Path | None = None) -> 
             faults += _missing_arrays(path, f"run `snakemake -R {stage}`")
             checked += 1
     if data_root is not None and fetch_digest(data_root):
-        faults += [f"{data_root}: {line}; run `snakemake fetch -R fetch`" for line in verify_fetch(data_root)]
+        faults += [f"data.root {data_root}: {line}; run `snakemake fetch -R fetch`" for line in verify_fetch(data_root)]
         checked += 1
     for fault in faults:
         logger.error(fault)

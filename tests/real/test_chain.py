@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from cellmap_pipe.prepare.convert import read_nifti
-from cellmap_pipe.prepare.labels import PRESENT, UNKNOWN, decode_table
+from cellmap_pipe.prepare.labels import PRESENT, UNKNOWN
+from cellmap_pipe.prepare.state_table import decode_table
 
 ROOT = Path(__file__).parents[2]
 REAL_EM = ROOT.parent / "shared" / "data" / "real-em"

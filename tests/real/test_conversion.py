@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cellmap_pipe.prepare.convert import bulk_paths, convert_shard, read_nifti
-from cellmap_pipe.prepare.crops import write_crops
-from cellmap_pipe.prepare.labels import UNKNOWN, decode_table
+from cellmap_pipe.prepare.convert import bulk_paths, read_nifti
+from cellmap_pipe.prepare.labels import UNKNOWN
+from cellmap_pipe.prepare.state_table import decode_table
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data" / "real-em"
 CLASSES = ["pm", "mito", "cyto", "nuc"]
@@ -22,31 +22,8 @@ def expected():
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("real")
-    data = {
-        "root": str(DATA),
-        "labels_path": "recon-1/labels/groundtruth",
-        "em_path": "recon-1/em/fibsem-uint8",
-        "crops": None,
-    }
-    write_crops(data, folder / "crops.csv")
-    convert_shard(
-        folder / "crops.csv",
-        folder / "shard0.json",
-        data_root=DATA,
-        shard=0,
-        shards=1,
-        grid_name="10nm",
-        voxel_nm=[10, 10, 10],
-        classes=CLASSES,
-        labels={"empty": "absent"},
-        max_upsample=5,
-        nifti_dir=folder / "nifti",
-        workers=2,
-    )
-    records = json.loads((folder / "shard0.json").read_text())["records"]
-    return folder / "nifti", {record["crop"]: record for record in records}
+def converted(real_em):
+    return real_em.nifti, real_em.records
 
 
 def test_every_crop_has_the_expected_voxels_and_geometry(converted, expected):

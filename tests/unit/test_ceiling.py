@@ -74,6 +74,9 @@ class Crops:
                 "label_lattice": own.to_dict(),
                 "classes": self.classes,
                 "annotated": list(arrays),
+                "em": "jrc_x/jrc_x.zarr/em",
+                "em_valid_fraction": 1.0,
+                "em_level": {"path": "s0"},
                 "table": encode_table(made.table, np.unique(made.rows)),
                 "source_counts": made.source_counts,
                 "counts": count_states(made.rows, made.table, self.classes),
@@ -194,6 +197,15 @@ def test_a_group_without_its_parts_goes_to_the_grid_by_itself(crops_of: Any) -> 
     found = crops_of((4, 4, 4), (8, 8, 8)).add(1, {"mito": several()["mito"]}).score()
     assert found.keys() == {(1, "mito")}
     assert iou(found[1, "mito"]) > 0.5 and found[1, "mito"]["grid_nm3"] > 0
+
+
+def test_of_a_group_without_its_parts_nothing_is_predicted_where_there_is_no_em(tmp_path: Path, crops_of: Any) -> None:
+    mito = np.ones((8, 8, 8), np.uint16)
+    crops = crops_of((4, 4, 4), (8, 8, 8)).add(1, {"mito": mito}, (2, 2, 2))
+    crops.write(tmp_path / "data/jrc_x/jrc_x.zarr/em", np.ones((2, 4, 4), np.uint8), (8, 8, 8), (4, 4, 4))
+    crops.records[0]["em_valid_fraction"] = 0.5
+    (record,) = crops.score().values()
+    assert record["voxels"] == {"tp": 256, "fp": 0, "fn": 256} and record["grid_nm3"] == 32 * 512
 
 
 def test_withdrawn_arrays_are_left_out(crops_of: Any) -> None:

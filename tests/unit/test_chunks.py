@@ -225,12 +225,31 @@ def test_em_that_was_fetched_later_is_noticed(run):
     np.testing.assert_array_equal(Store(run.index()).image("fly/crop1")[:2], run.em[6:8, 8:30, 10:30])
 
 
-def test_em_of_another_size_is_noticed(run):
+def test_other_em_in_the_context_is_noticed(run):
     run.prepare()
     before = run.chunk()["records"][0]["input_digest"]
-    chunk = run.root / "fly/fly.zarr" / EM_PATH / "s0/0.0.0"
-    chunk.write_bytes(chunk.read_bytes() + b"\0")
+    chunk = run.root / "fly/fly.zarr" / EM_PATH / "s0/0.0.0"  # only in the context of crop1
+    content = chunk.read_bytes()
+    chunk.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size, as uncompressed chunks are
     assert run.chunk()["records"][0]["input_digest"] != before
+
+
+def test_a_run_that_was_killed_half_way_leaves_no_record_of_the_files_that_were_there(run, monkeypatch):
+    """The arrays of a crop are of the same size whatever they hold."""
+    run.chunk()
+    files = {path.name: path.read_bytes() for path in run.store.iterdir()}
+    level = zarr.open_array(run.root / "fly/fly.zarr" / EM_PATH / "s0")
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    level[...] = 255 - run.em
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(chunks, "sample_positions", killed)
+        run.chunk()
+    level[...] = run.em
+    run.chunk()
+    assert {path.name: path.read_bytes() for path in run.store.iterdir()} == files
 
 
 def test_crops_that_are_not_kept_leave_the_store(run):

@@ -109,8 +109,25 @@ def test_faults_of_the_library_are_not_hidden(tmp_path, monkeypatch):
         (["--grid", "8", "8", "8", "--options", "{anon"], "is not JSON"),
         (["--grid", "native", "--options", "[1]"], "must be a JSON object"),
         (["--grid", "native"], "name nothing to fetch"),
+        (["--grid", "native", "--classes", "nucc"], "unknown class 'nucc'; did you mean 'nuc'?"),
     ],
 )
 def test_what_is_wrong_with_a_fetch_is_said_before_it_begins(tmp_path, capsys, extra, message):
     assert main(["fetch", "--root", str(tmp_path / "data"), "--source", str(tmp_path), *extra]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--workers", "0"), ("--retries", "-1"), ("--workers", "many")])
+def test_a_number_that_cannot_be_is_refused_with_its_option(tmp_path, capsys, option, value):
+    with pytest.raises(SystemExit):
+        main(["fetch", "--root", str(tmp_path), "--grid", "native", option, value])
+    assert f"argument {option}:" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_one_line(tmp_path, monkeypatch, capsys):
+    def interrupted(root: Path, **_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cellmap_pipe.phantom.write_challenge", interrupted)
+    assert main(["phantom", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.count("\n") == 1

@@ -211,6 +211,16 @@ def test_fetch_copies_for_the_grids_of_the_models_in_use():
     assert resolve().fetch_settings()["classes"] is None
 
 
+def test_the_budget_of_fetched_crops_is_that_of_the_conversion():
+    settings = resolve("{chunks: {context_nm: 300}, fetch: {context_nm: 2000}}").fetch_settings()
+    assert (settings["context_nm"], settings["train_context_nm"]) == (2000, 300)
+
+
+def test_nnunet_datasets_have_three_digits():
+    with pytest.raises(ConfigError, match=r"nnunet\.dataset_id is 999, .* of 2 grids up to 1000; .* at most 998"):
+        resolve("nnunet: {dataset_id: 999}")
+
+
 def test_each_grid_is_an_nnunet_dataset_of_its_own():
     config = resolve("nnunet: {dataset_id: 7}")
     assert [config.nnunet_settings(grid)["name"] for grid in config.grids] == ["Dataset007_8nm", "Dataset008_32nm"]

@@ -9,13 +9,15 @@ import pytest
 
 from cellmap_pipe.config import RESULT_VERSIONS
 from cellmap_pipe.errors import CellmapError, ConfigError, ContractError
-from cellmap_pipe.files import digest
+from cellmap_pipe.files import check_file, digest
 from cellmap_pipe.prepare import convert, em, nifti
+from cellmap_pipe.prepare import instances as instances_module
+from cellmap_pipe.prepare import label_map as label_map_module
 from cellmap_pipe.prepare import labels as labels_module
 from cellmap_pipe.prepare.convert import bulk_paths, convert_shard, instance_path, scratch_arrays, shard_of
 from cellmap_pipe.prepare.crops import write_crops
-from cellmap_pipe.prepare.labels import decode_table
 from cellmap_pipe.prepare.nifti import read_nifti, write_nifti
+from cellmap_pipe.prepare.state_table import decode_table
 from cellmap_pipe.verify import verify_results
 
 CLASSES = ["pm", "mito", "nuc"]
@@ -43,8 +45,8 @@ class Project:
     def crop(self, number):
         return self.gt / f"crop{number}"
 
-    def convert(self, **changes):
-        data = {"root": str(self.folder / "data"), "labels_path": "gt", "em_path": "em", "crops": None}
+    def convert(self, em_path="em", **changes):
+        data = {"root": str(self.folder / "data"), "labels_path": "gt", "em_path": em_path, "crops": None}
         write_crops(data, self.folder / "crops.csv")
         arguments = {
             "data_root": data["root"],
@@ -348,6 +350,37 @@ def test_a_mask_that_changes_converts_its_crop_anew(project, ngff):
     assert after["crop2"] == before["crop2"]
 
 
+def test_a_run_that_was_killed_half_way_leaves_no_record_of_the_files_that_were_there(project, monkeypatch):
+    before = project.convert()["crop1"]
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "_write_instances", killed)
+        with pytest.raises(KeyboardInterrupt):
+            project.convert(classes=["nuc", "pm", "mito"])
+    label = bulk_paths(project.nifti, "jrc_a/crop1")["label"]
+    label.write_bytes(label.read_bytes().ljust(before["files"]["label"]["size"], b"\0"))  # as large as it was
+    assert project.convert()["crop1"] == before
+    check_file(before["files"]["label"], project.nifti, "", full=True)
+
+
+def test_a_withdrawn_array_that_is_gone_leaves_the_record(project):
+    labels = {"empty": "unknown"}
+    assert "nuc" in project.convert(labels=labels)["crop1"]["source_counts"]
+    shutil.rmtree(project.crop(1) / "nuc")
+    record = project.convert(labels=labels)["crop1"]
+    assert "nuc" not in record["source_counts"] and record["warnings"] == []
+
+
+def test_the_record_names_the_em_that_crops_csv_names(project):
+    project.convert()
+    root = project.gt.parent
+    (root / "em").rename(root / "other")
+    assert project.convert(em_path="other")["crop1"]["em"] == "jrc_a/jrc_a.zarr/other"
+
+
 def test_contradictions_are_no_warnings(project, ngff):
     ngff(project.crop(1) / "mito", np.zeros_like(LABELS), (4, 4, 4), [-2] * 3)
     ngff(project.crop(1) / "mito_mem", LABELS, (4, 4, 4), [-2] * 3)
@@ -389,6 +422,8 @@ def test_memory_does_not_grow_with_the_crop(project, ngff, monkeypatch):
         (convert, "SCRATCH_BYTES", 2**16),
         (em, "SLAB_VOXELS", 2**15),
         (labels_module, "SLAB_VOXELS", 2**15),
+        (label_map_module, "SLAB_VOXELS", 2**14),
+        (instances_module, "SLAB_VOXELS", 2**15),
         (nifti, "_MEMBER_BYTES", 2**16),
         (nifti, "_READ_BYTES", 2**16),
     ):

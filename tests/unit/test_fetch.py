@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,11 +22,13 @@ import fsspec
 import numpy as np
 import pytest
 import zarr
+from fsspec.implementations.local import LocalFileSystem
 from moto.server import ThreadedMotoServer
 
 from cellmap_pipe.cli import main
 from cellmap_pipe.errors import ConfigError, DataError
-from cellmap_pipe.fetch import fetch, plan_fetch, plan_table, verify_fetch, write_plan
+from cellmap_pipe.fetch import arrays as arrays_module
+from cellmap_pipe.fetch import fetch, fetch_digest, plan_fetch, plan_table, verify_fetch, write_plan
 from cellmap_pipe.fetch import source as source_module
 from cellmap_pipe.fetch.needs import read_wanted
 from cellmap_pipe.prepare.convert import bulk_paths, convert_shard, read_nifti
@@ -219,6 +222,7 @@ def settings(table, root, **changes) -> dict:
         "grids": {"8nm": [8, 8, 8]},
         "max_upsample": 4,
         "context_nm": 16,
+        "train_context_nm": 16,
         "max_train_gb": None,
         "workers": 8,
         "retries": 6,
@@ -325,7 +329,29 @@ def test_a_killed_fetch_goes_on_where_it_was(server, tree, table, tmp_path):
     assert again
     assert not here.intersection(again)
     assert_same_files(tmp_path / "data", tree)
-    assert not [path for path in files_of(tmp_path) if path.name.startswith(".partial")]
+
+
+def test_what_a_killed_fetch_left_is_removed_but_not_what_another_one_writes(tree, one, tmp_path):
+    folder = tmp_path / "data" / NUC / "s0/0/0"
+    folder.mkdir(parents=True)
+    old, young = folder / ".partial-1-0", folder / ".partial-2-1"
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    fetch(tmp_path / "fetch.json", **settings(one, tmp_path / "data", source=str(tree)))
+    assert not old.exists()
+    assert young.exists()
+
+
+def test_two_fetches_into_one_root_do_not_disturb_each_other(server, tree, table, tmp_path):
+    asked = settings(table, tmp_path / "data", **s3(server))
+    code = "import json,sys; from cellmap_pipe.fetch import fetch; fetch(sys.argv[1], **json.loads(sys.argv[2]))"
+    jobs = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path / f"{i}.json"), json.dumps(asked)]) for i in range(2)
+    ]
+    assert [job.wait(120) for job in jobs] == [0, 0]
+    assert_same_files(tmp_path / "data", tree)
+    assert verify_fetch(tmp_path / "data") == []
 
 
 def test_a_label_array_that_can_be_opened_is_whole(server, one, tmp_path):
@@ -364,9 +390,7 @@ def test_a_chunk_that_vanished_here_is_named_and_fetched_again(tree, table, tmp_
     chunk = tmp_path / "data" / NUC / "s0/1/0/1"
     chunk.unlink()
     (tmp_path / "data" / NUC / "s0/1/1/1").write_bytes(b"cut")
-    assert verify_fetch(tmp_path / "data") == [
-        f"jrc_a/crop1: {NUC}/s0: 2 of 7 chunks are missing here, first 1/0/1; fetch again"
-    ]
+    assert verify_fetch(tmp_path / "data") == [f"jrc_a/crop1: {NUC}/s0: 2 of 7 chunks are missing here, first 1/0/1"]
     fetch(tmp_path / "fetch.json", **asked)
     assert chunk.is_file()
     assert verify_fetch(tmp_path / "data") == []
@@ -385,7 +409,11 @@ def test_the_plan_counts_the_bytes_and_writes_nothing(server, tree, table, tmp_p
     assert text == plan_table(plan_fetch(**asked))
     assert text.splitlines()[-1].split()[:3] == ["total", "3", str(len(wanted_files(tree)))]
     assert text.splitlines()[-1].endswith("0 B")
-    assert (tmp_path / "plan.csv").read_text().startswith("dataset,crop,kind,arrays,files,bytes,bytes_here,problem\n")
+    assert (
+        (tmp_path / "plan.csv")
+        .read_text()
+        .startswith("dataset,crop,kind,arrays,files,bytes,bytes_here,problem,warning\n")
+    )
 
 
 def test_a_manifest_that_says_something_else_is_named(tree, table, tmp_path):
@@ -504,11 +532,16 @@ def test_a_web_server_that_lists_nothing_serves_and_its_failures_are_not_taken_f
 
     with proxy(f"http://127.0.0.1:{behind.server_address[1]}", fault) as between:
         record = fetch(tmp_path / "fetch.json", **settings(one, tmp_path / "data", source=between.url))
+        (tmp_path / "bare.csv").write_text("crop\njrc_a/crop1\n")
+        asked = settings(tmp_path / "bare.csv", tmp_path / "bare", source=between.url, classes=["pm", "mito", "nuc"])
+        bare = fetch(tmp_path / "fetch.json", **asked)["crops"]["jrc_a/crop1"]
     behind.shutdown()
     behind.server_close()
     assert record["crops"]["jrc_a/crop1"]["absent_chunks"] == 1
     assert_same_files(tmp_path / "data", tree)
     assert (tmp_path / "data" / f"{NUC}_mask/s0/.zarray").is_file()
+    assert bare["classes"] == 2
+    assert bare["warnings"] == []
 
 
 def test_other_bytes_of_the_same_size_are_noticed_with_recheck(server, tree, one, tmp_path):
@@ -553,7 +586,7 @@ def test_a_full_disk_stops_everything_at_once(tree, table, tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(source_module.os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DataError, match=r"data: cannot be written \(No space left on device\); free space there"):
         fetch(tmp_path / "fetch.json", **settings(table, tmp_path / "data", source=str(tree)))
     assert not (tmp_path / "fetch.json").exists()
 
@@ -568,6 +601,143 @@ def test_a_source_that_does_not_answer_is_said_so_at_once(table, tmp_path):
         plan_fetch(**settings(table, tmp_path / "data", source="nonsense://x"))
 
 
+def test_a_source_without_any_of_the_datasets_is_said_so_at_once(server, table, tmp_path):
+    for source in (str(tmp_path / "nowhere"), str(tmp_path)):
+        with pytest.raises(ConfigError, match=r"has none of the datasets jrc_a, jrc_b \(looked for jrc_a/jrc_a.zarr\)"):
+            plan_fetch(**settings(table, tmp_path / "data", source=source))
+    wrong = {**s3(server), "source": "s3://no-such-bucket"}
+    with pytest.raises(ConfigError, match=r"fetch\.source s3://no-such-bucket: has none of the datasets"):
+        plan_fetch(**settings(table, tmp_path / "data", **wrong))
+
+
+def test_a_root_that_cannot_be_written_is_said_so_before_the_source_is_asked(table, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"data\.root .*file: cannot be written"):
+        fetch(tmp_path / "fetch.json", **settings(table, tmp_path / "file", source="s3://never-asked"))
+
+
+def test_links_at_the_source_are_followed_and_a_broken_one_is_not_taken_for_a_hole(tree, one, tmp_path):
+    source, slab = tmp_path / "source", f"jrc_a/jrc_a.zarr/{EM}/s0/1"
+    shutil.copytree(tree, source)
+    for name in (f"{NUC}/s0/1/0/0", NUC, slab):
+        away = tmp_path / name.replace("/", "-")
+        shutil.move(source / name, away)
+        (source / name).symlink_to(away)
+    asked = settings(one, tmp_path / "data", source=str(source))
+    record = fetch(tmp_path / "fetch.json", **asked)
+    assert record["crops"]["jrc_a/crop1"]["absent_chunks"] == 1
+    for name in (f"{NUC}/s0/1/0/0", f"{slab}/0/0"):
+        assert (tmp_path / "data" / name).read_bytes() == (tree / name).read_bytes()
+    (tmp_path / f"{NUC}/s0/1/0/0".replace("/", "-")).unlink()
+    with pytest.raises(DataError, match="1/0/0 is a link to nothing"):
+        fetch(tmp_path / "fetch.json", **asked)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(tree, one, tmp_path, monkeypatch):
+    ordinary = LocalFileSystem.ls
+
+    def refusing(self, path, **options):
+        if path.endswith(f"{NUC}/s0/1"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return ordinary(self, path, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "ls", refusing)
+    with pytest.raises(DataError, match="Permission denied"):
+        fetch(tmp_path / "fetch.json", **settings(one, tmp_path / "data", source=str(tree)))
+    assert not (tmp_path / "data" / NUC / "s0/.zarray").exists()
+
+
+@pytest.mark.parametrize("dataset", ["jrc_a", "jrc_b"])
+def test_a_part_of_a_large_array_is_found_without_listing_the_whole(server, tree, tmp_path, monkeypatch, dataset):
+    monkeypatch.setattr(arrays_module, "_SMALL", 0)
+    path = f"{dataset}/{dataset}.zarr/{EM}/s0"
+    region = arrays_module.region_of(tree / path, path, (16, 0, 0), (32, 16, 16))
+    for url, options in ((str(tree), {}), (f"s3://{BUCKET}", s3(server)["options"])):
+        source = source_module.Source(url, options, workers=4, retries=1)
+        monkeypatch.setattr(source, "_walked", None)
+        monkeypatch.setattr(source._fs, "find", None)
+        with ThreadPoolExecutor(4) as pool:
+            chunks, _ = arrays_module.chunks_at_source(source, region, pool)
+        names = region.keys()
+        assert chunks.sizes.tolist() == [(tree / path / name).stat().st_size for name in names]
+        assert chunks.files == region.count < 24
+
+
+def test_the_budget_of_a_crop_does_not_depend_on_the_context_that_is_fetched(tree, one, tmp_path):
+    # 8 x 8 x 8 voxels, and 2 more on each side: 2 * 12 ** 3 bytes with the context of the training store
+    asked = settings(one, tmp_path / "data", source=str(tree), max_train_gb=3.5e-6)
+    rows = plan_fetch(**{**asked, "context_nm": 1000})
+    assert [row["arrays"] for row in rows] == [3, 1]
+    rows = plan_fetch(**{**asked, "train_context_nm": 1000, "context_nm": 0})
+    assert [row["arrays"] for row in rows] == [3, 0]
+    assert "no EM for grid 8nm: image and labels of 8x8x8 voxels" in rows[1]["warning"]
+    assert plan_table(rows).startswith("warning: jrc_a/crop1: no EM for grid 8nm")
+
+
+def test_em_that_the_source_does_not_have_is_warned_of(tree, one, tmp_path, caplog):
+    source = tmp_path / "source"
+    shutil.copytree(tree, source)
+    for key in "0123456":
+        shutil.rmtree(source / "jrc_a/jrc_a.zarr" / EM / "s0" / key, ignore_errors=True)
+    record = fetch(tmp_path / "fetch.json", **settings(one, tmp_path / "data", source=str(source)))
+    warnings = record["crops"]["jrc_a/crop1"]["warnings"]
+    assert f"jrc_a/crop1: {warnings[0]}" in caplog.messages
+    assert len(warnings) == 1
+    assert warnings[0].endswith(f"{EM}/s0: none of the 12 chunks there is at the source")
+
+
+def test_a_level_that_only_the_metadata_have_is_warned_of(tree, one, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(tree, source)
+    shutil.rmtree(source / "jrc_a/jrc_a.zarr" / EM / "s0")
+    record = fetch(tmp_path / "fetch.json", **settings(one, tmp_path / "data", source=str(source)))
+    warning = f"jrc_a/jrc_a.zarr/{EM}: names level s0, which is not at the source"
+    assert record["crops"]["jrc_a/crop1"]["warnings"] == [warning]
+
+
+def test_a_class_array_that_cannot_be_understood_is_one_problem(tree, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(tree, source)
+    shutil.rmtree(source / NUC / "s0")
+    shutil.rmtree(source / NUC / "s1")
+    shutil.rmtree(source / NUC.replace("nuc", "mito"))
+    (tmp_path / "crops.csv").write_text("crop\njrc_a/crop1\n")
+    rows = plan_fetch(**settings(tmp_path / "crops.csv", tmp_path / "data", source=str(source)))
+    assert [row["problem"] for row in rows] == [f"{source}/{NUC}: none of its levels (s0, s1) is at the source", ""]
+
+
+def test_what_was_fetched_has_another_digest_whenever_a_file_was_copied(server, one, tmp_path):
+    root = tmp_path / "data"
+    asked = settings(one, root, **s3(server))
+    assert fetch_digest(root) == ""
+    fetch(tmp_path / "fetch.json", **asked)
+    seen = [fetch_digest(root)]
+    chunk = root / NUC / "s0/0/0/0"
+    content = chunk.read_bytes()
+    chunk.unlink()
+    fetch(tmp_path / "fetch.json", **asked)
+    seen.append(fetch_digest(root))
+    chunk.write_bytes(bytes(len(content)))
+    fetch(tmp_path / "fetch.json", recheck=True, **asked)
+    seen.append(fetch_digest(root))
+    fetch(tmp_path / "fetch.json", recheck=True, **asked)
+    assert chunk.read_bytes() == content
+    assert len(set(seen)) == 3
+    assert fetch_digest(root) == seen[-1]
+
+
+def test_an_interrupted_fetch_does_not_go_on_trying(server, one, tmp_path, monkeypatch):
+    monkeypatch.setattr(source_module, "FIRST_PAUSE_S", 60.0)
+    source = source_module.Source(
+        f"s3://{BUCKET}", {"anon": True, "endpoint_url": "http://127.0.0.1:9"}, workers=1, retries=5
+    )
+    threading.Timer(0.3, source.stop).start()
+    began = time.monotonic()
+    with pytest.raises(source_module.TransferError):
+        source.read("x")
+    assert time.monotonic() - began < 20
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -576,6 +746,7 @@ def test_a_source_that_does_not_answer_is_said_so_at_once(table, tmp_path):
         ("crop_name,dataset,voxel_size,translation,shape\n1,jrc_a,[4;4],[0;0;0],[1;1;1]\n", "line 2: expected three"),
         ("crop_name,dataset,voxel_size,translation,shape\n1,jrc_a,[4;4;a],[0;0;0],[1;1;1]\n", "written \\[z;y;x\\]"),
         ("crop\n", "lists nothing"),
+        ("crop_name;dataset\n1;jrc_a\n", "has columns crop_name;dataset; .* with commas between"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_named_with_its_line(text, message, tree, tmp_path):

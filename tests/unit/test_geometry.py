@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from cellmap_pipe.errors import GeometryError
 from cellmap_pipe.geometry import Lattice, gap_nm, nearest_grid, nearest_level, vec3
 from cellmap_pipe.prepare.em import read_em
-from cellmap_pipe.prepare.labels import PRESENT, UNKNOWN, build_label_map, read_label, resample_ids
+from cellmap_pipe.prepare.instances import resample_ids
+from cellmap_pipe.prepare.label_map import build_label_map
+from cellmap_pipe.prepare.labels import PRESENT, UNKNOWN, read_label
 from cellmap_pipe.prepare.ngff import read_image
 
 SIZES = st.sampled_from([1.62, 1.74, 2.0, 2.62, 4.0, 5.24, 8.0, 16.0, 32.0, 47.5])

@@ -13,6 +13,7 @@ from cellmap_pipe.prepare.ngff import (
     array_attributes,
     chunk_files,
     chunk_shape,
+    chunk_tiles,
     chunks_on_disk,
     is_array,
     open_level,
@@ -231,3 +232,19 @@ def test_attributes_are_optional(tmp_path):
     zarr.create_array(str(tmp_path / "a"), shape=(1,), dtype="u1", zarr_format=3, attributes={"k": 1})
     assert array_attributes(tmp_path / "a") == {"k": 1}
     assert array_attributes(tmp_path / "nowhere") == {}
+
+
+@pytest.mark.parametrize("budget", [1, 100, 250, 1000, 10**6])
+def test_tiles_are_whole_chunks_that_cover_a_box_once(tmp_path, ngff, budget):
+    level = read_image(
+        ngff(tmp_path / "a", np.zeros((10, 11, 9), np.uint8), (1, 1, 1), (0, 0, 0), chunks=(4, 3, 5))
+    ).levels[0]
+    seen = np.zeros((10, 11, 9), int)
+    for lower, upper in chunk_tiles(level, (1, 2, 3), (10, 10, 9), budget):
+        seen[tuple(map(slice, lower, upper))] += 1
+        for axis, step in ((0, 4), (1, 3)):
+            assert lower[axis] % step == 0 or lower[axis] == (1, 2)[axis]
+            assert upper[axis] % step == 0 or upper[axis] == 10
+        assert np.prod(np.subtract(upper, lower)) <= max(budget, 4 * 3 * 6)
+    assert (seen[1:, 2:10, 3:] == 1).all() and seen.sum() == 9 * 8 * 6
+    assert list(chunk_tiles(level, (3, 0, 0), (3, 11, 9), budget)) == []

@@ -12,9 +12,9 @@ from cellmap_pipe.errors import CellmapError, ConfigError
 from cellmap_pipe.files import describe_file, file_digest
 from cellmap_pipe.geometry import Lattice
 from cellmap_pipe.prepare import nnunet
-from cellmap_pipe.prepare.labels import UNKNOWN_ROW, encode_table, infer_states, standard_rows
 from cellmap_pipe.prepare.nifti import write_nifti
 from cellmap_pipe.prepare.nnunet import exclusive_classes, export_nnunet, label_values, value_of_rows
+from cellmap_pipe.prepare.state_table import UNKNOWN_ROW, encode_table, infer_states, standard_rows
 
 CLASSES = ["pm", "mito", "mito_mem", "nuc"]  # mito contains mito_mem
 NAME = "Dataset801_8nm"

@@ -13,6 +13,7 @@ from cellmap_pipe.prepare.resample import (
     lattice_weights,
     nearest_voxels,
     resample_mean,
+    tiles,
     z_slabs,
 )
 
@@ -123,4 +124,27 @@ def test_slabs_cover_the_target_once_and_respect_chunk_layers():
     for first, last in slabs:
         part = weights[0].rows(first, last)
         parts.append(apply_weights(whole[part.start : part.stop], [part, *weights[1:]]))
-    assert np.concatenate(parts) == pytest.approx(resample_mean(whole, source, target))
+    assert np.array_equal(np.concatenate(parts), resample_mean(whole, source, target))
+
+
+@pytest.mark.parametrize("ratio", [(1.3, 1.7, 1.5), (0.7, 0.8, 2.5)])
+def test_bytes_do_not_tell_how_a_volume_was_cut(ratio):
+    source = Lattice((4, 4, 4), (0, 0, 0), (24, 24, 24))
+    target = Lattice.covering(source.lower_nm, source.upper_nm, [4 * r for r in ratio])
+    weights = lattice_weights(source, target)
+    volume = np.random.default_rng(0).random(source.shape, np.float32)
+    whole = apply_weights(volume, weights)
+    for cut in product(*([(0, 1), (1, n)] for n in target.shape)):
+        part = [w.rows(*span) for w, span in zip(weights, cut, strict=True)]
+        block = volume[tuple(slice(w.start, w.stop) for w in part)]
+        assert np.array_equal(apply_weights(block, part), whole[tuple(slice(*span) for span in cut)])
+
+
+def test_tiles_cover_the_target_once():
+    source, target = Lattice((4, 4, 4), (0, 0, 0), (30, 30, 8)), Lattice((10, 5, 4), (3, 0, 0), (12, 24, 8))
+    weights = lattice_weights(source, target)
+    for budget in (1, 1000, 10**6):
+        seen = np.zeros(target.shape[:2], int)
+        for planes, rows in tiles(weights, (8, 6, 8), budget):
+            seen[slice(*planes), slice(*rows)] += 1
+        assert (seen == 1).all()

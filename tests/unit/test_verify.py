@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from cellmap_pipe.cli import main
 from cellmap_pipe.errors import ContractError
 from cellmap_pipe.files import describe_file, write_json
 from cellmap_pipe.verify import verify_results
@@ -54,6 +56,21 @@ def test_a_missing_prediction_is_named_with_its_remedy(results):
     volume.rename(volume.with_name("gone.zarr"))
     with pytest.raises(ContractError, match=r"ds_crop1.zarr.*-R predict"):
         verify_results(results)
+
+
+def test_a_chunk_that_was_fetched_and_is_gone_is_named_with_its_remedy(tmp_path, ngff):
+    source, root = tmp_path / "source", tmp_path / "data"
+    for path in ("recon-1/em/fibsem-uint8", "recon-1/labels/groundtruth/crop1/nuc"):
+        ngff(source / "ds/ds.zarr" / path, np.ones((8, 8, 8), np.uint8), [8] * 3, [4] * 3)
+    (tmp_path / "crops.csv").write_text("crop\nds/crop1\n")
+    arguments = ["fetch", "--crops", tmp_path / "crops.csv", "--source", source, "--root", root, "--grid", "native"]
+    assert main([str(argument) for argument in arguments]) == 0
+    assert verify_results(tmp_path / "results", root) == 1
+    (root / "ds/ds.zarr/recon-1/em/fibsem-uint8/s0/0/0/0").unlink()
+    with pytest.raises(
+        ContractError, match=r"fibsem-uint8/s0: 1 of 1 chunks are missing here, first 0/0/0; run .*-R fetch"
+    ):
+        verify_results(tmp_path / "results", root)
 
 
 def test_results_that_are_not_there_yet_are_not_missed(tmp_path):

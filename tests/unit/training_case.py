@@ -13,7 +13,8 @@ import numpy as np
 
 from cellmap_pipe.files import canonical_json, describe_file, write_json, write_text
 from cellmap_pipe.prepare.chunks import sample_positions, store_stem
-from cellmap_pipe.prepare.labels import UNKNOWN, count_states, encode_table
+from cellmap_pipe.prepare.labels import UNKNOWN
+from cellmap_pipe.prepare.state_table import count_states, encode_table
 from cellmap_pipe.prepare.store import FORMAT_VERSION, pack_index
 
 CLASSES = ["ecs", "mito_mem", "nuc"]

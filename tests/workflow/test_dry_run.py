@@ -65,7 +65,7 @@ def test_the_default_is_planned_although_its_data_are_missing():
     assert jobs["convert"] == jobs["chunk"] == 32
     assert jobs["evaluate"] == 5  # four models and their ensemble
     assert "submission" not in jobs
-    assert jobs["total"] < 120
+    assert jobs["total"] < 150
 
 
 def test_a_model_can_be_trained_by_name():
@@ -84,7 +84,30 @@ def test_every_model_has_its_targets():
 
 def test_the_cluster_profile_is_planned():
     pytest.importorskip("snakemake_executor_plugin_slurm")
-    assert plan("--profile", "profiles/longleaf", "all")["train"] == 4
+    jobs = plan("--profile", "profiles/longleaf", "all")
+    assert jobs["train"] == 4
+    assert "fetch" not in jobs
+    assert plan("--profile", "profiles/longleaf", "fetch", "fetch_plan", "export_nnunet")["nnunet"] == 2
+
+
+def test_data_are_fetched_only_when_asked_for_and_then_need_no_data(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    extra = f"data: {{root: nowhere, crops: crops.csv}}\nfetch: {{source: {source}, options: {{}}}}\n"
+    (tmp_path / "crops.csv").write_text("crop\njrc_x/crop1\n")
+    (tmp_path / "extra.yaml").write_text(extra)
+    for _ in range(2):  # a plan is never up to date
+        result = in_folder(tmp_path, "fetch_plan", "--configfile", tmp_path / "extra.yaml")
+        assert f"ERROR fetch_plan -: fetch.source {source}: has none of the datasets jrc_x" in result.stderr
+    assert "fetch" not in plan(
+        "all",
+        "--directory",
+        tmp_path,
+        "--snakefile",
+        ROOT / "workflow/Snakefile",
+        "--configfile",
+        tmp_path / "extra.yaml",
+    )
 
 
 def test_the_demo_is_planned_with_its_synthetic_data(tmp_path):
@@ -143,6 +166,8 @@ def test_a_missing_data_folder_is_one_line_before_any_job(tmp_path):
     ("extra", "expected"),
     [
         ("foldz: {n: 3}", "extra.yaml: foldz is not a known key; did you mean 'folds'?"),
+        ("fetch: {sorce: s3://mine}", "extra.yaml: fetch.sorce is not a known key; did you mean 'source'?"),
+        ("nnunet: {dataset_id: 999}", "extra.yaml: nnunet.dataset_id is 999"),
         ("classes: [ecs, nucc]", "unknown class 'nucc'; did you mean 'nuc'?"),
         ("overrides: {swinunetr: {network: SwinUNTR}}", "network 'SwinUNTR' is unknown; did you mean SwinUNETR?"),
         (

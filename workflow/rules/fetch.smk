@@ -1,4 +1,5 @@
 # Copies data from their publisher into data.root. Nothing in `all` asks for it: `snakemake fetch` does.
+# The plan declares no output, so that it is made and printed anew each time, on the machine where Snakemake runs.
 
 
 rule fetch:
@@ -26,18 +27,14 @@ rule fetch_plan:
     input:
         crops=rules.fetch.input.crops,
         volumes=rules.fetch.input.volumes,
-    output:
-        table="results/fetch_plan.csv",
     log:
         "logs/fetch_plan.log",
     retries: 0
+    localrule: True
     conda:
         "../envs/cellmap_pipe.yaml"
-    threads: 2
-    resources:
-        mem_mb=4000,
-        runtime=240,
     params:
         settings=rules.fetch.params.settings,
+        table="results/fetch_plan.csv",
     script:
         "../scripts/fetch_plan.py"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 with job(snakemake):
     print(
         write_plan(
-            snakemake.output.table,
+            snakemake.params.table,
             crops=snakemake.config["data"]["crops"],
             volumes=snakemake.config["data"]["volumes"],
             **json.loads(snakemake.params.settings),

@@ -31,18 +31,12 @@ from cellmap_pipe.prediction.ensemble import ClassVolumes
 from cellmap_pipe.prediction.postprocess import Masks, objects_of, outputs_of
 from cellmap_pipe.prediction.store import file_stem
 from cellmap_pipe.prepare.crops import read_crops
-from cellmap_pipe.prepare.labels import (
-    PRESENT,
-    UNKNOWN,
-    LabelArray,
-    LabelReader,
-    build_label_map,
-    decode_table,
-    empty_means,
-    read_label,
-)
-from cellmap_pipe.prepare.ngff import chunk_files, chunk_shape
+from cellmap_pipe.prepare.em import valid_voxels
+from cellmap_pipe.prepare.label_map import build_label_map
+from cellmap_pipe.prepare.labels import PRESENT, UNKNOWN, LabelArray, LabelReader, empty_means, read_label
+from cellmap_pipe.prepare.ngff import chunk_files, chunk_shape, read_image
 from cellmap_pipe.prepare.nifti import nifti_slabs
+from cellmap_pipe.prepare.state_table import decode_table
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +55,14 @@ Rows = Callable[[int, int], np.ndarray]
 class CeilingTask:
     """One (crop, label): the crop's conversion record, the classes that make the label up, and where things lie.
 
-    truth: group of the label's array. label_map: NIfTI of the crop on the grid.
+    truth: group of the label's array. em: group of the crop's EM. label_map: NIfTI of the crop on the grid.
     """
 
     crop: Record
     label: str
     parts: tuple[str, ...]
     truth: Path
+    em: Path
     label_map: Path
     thresholds: Mapping[str, float]
     rules: str
@@ -92,7 +87,7 @@ class CeilingTask:
         """An estimate of the memory that it takes."""
         voxels = self.target.voxels
         layer = math.prod(self.target.shape[1:]) * _LAYER_PLANES
-        grid = self.grid.voxels * 4 if self.from_own_array else 0
+        grid = self.grid.voxels * 5 if self.from_own_array else 0
         truth = voxels * INSTANCE_BYTES if is_instance(self.label) else min(voxels, layer) * SEMANTIC_BYTES
         return _WORKING_BYTES + grid + truth
 
@@ -139,6 +134,7 @@ def ceiling_shard(
                 label=label,
                 parts=tuple(parts[label]),
                 truth=Path(data_root) / listed[name]["labels"] / label,
+                em=Path(data_root) / crop["em"],
                 label_map=Path(nifti_dir) / crop["files"]["label"]["path"],
                 thresholds=thresholds,
                 rules=get_rules(rules).name,
@@ -318,7 +314,9 @@ def _perfect(task: CeilingTask, label: LabelArray) -> "PerfectPrediction":
     is taken to the grid by itself, and a network is taken to answer with any of the parts there.
     """
     if task.from_own_array:
-        own = build_label_map([label], task.grid, [task.label], valid=None, max_upsample=math.inf)
+        whole = task.crop["em_valid_fraction"] == 1
+        valid = None if whole else valid_voxels(read_image(task.em), task.grid, task.crop["em_level"]["path"])
+        own = build_label_map([label], task.grid, [task.label], valid=valid, max_upsample=math.inf)
         present = dict.fromkeys(task.parts, own.table[:, 0] == PRESENT)
         return PerfectPrediction(lambda first, last: own.rows[first:last], present, task.grid, task.target)
     classes = task.crop["classes"]

@@ -63,9 +63,15 @@ def read_wanted(
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
-            table = list(csv.DictReader(stream))
+            reader = csv.DictReader(stream)
+            table, columns = list(reader), reader.fieldnames or []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{key} {path}: cannot be read ({error}); give a CSV of crops") from error
+    if table and not {"crop", "crop_name"}.intersection(columns):
+        raise ConfigError(
+            f"{key} {path}: has columns {', '.join(columns)}; a column crop, or dataset and crop_name, is needed, with "
+            "commas between columns"
+        )
     wanted: dict[str, Wanted] = {}
     for line, row in enumerate(table, start=2):
         try:
@@ -117,13 +123,15 @@ def em_boxes(
     is_volume: bool,
     max_upsample: float,
     context_nm: float,
+    train_context_nm: float,
     max_train_gb: float | None,
 ) -> tuple[dict[str, Box], list[str]]:
     """Return the voxels of EM levels that are read for `target`, by the level's path, and why a grid needs none.
 
     image: all levels at the source. target: the labels' lattice, or the volume's. grids: voxel sizes by name; a crop is
     brought to each of them, a volume to the nearest alone. context_nm: EM wanted on every side of the box's edges.
-    max_train_gb: a crop that takes more on a grid is not converted to it, so its EM is not fetched for it.
+    max_train_gb: a crop that takes more on a grid, with train_context_nm of EM round it, is not converted to it, so its
+    EM is not fetched for it.
     """
     sizes: dict[str, Vec3] = {
         name: target.voxel_nm if isinstance(size, str) else vec3(size) for name, size in grids.items()
@@ -136,7 +144,7 @@ def em_boxes(
         voxel_nm = None if isinstance(grids[grid], str) else sizes[grid]
         try:
             if not is_volume:
-                check_budget(target_lattice(target, voxel_nm), context_nm, max_train_gb)
+                check_budget(target_lattice(target, voxel_nm), train_context_nm, max_train_gb)
             plan = plan_crop(levels, target, voxel_nm, max_upsample=max_upsample, context_nm=context_nm)
         except GeometryError as error:
             reasons.append(f"no EM for grid {grid}: {str(error).replace('on disk', 'at the source')}")

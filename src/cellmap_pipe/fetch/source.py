@@ -7,8 +7,9 @@ import errno
 import logging
 import os
 import random
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
@@ -35,7 +36,11 @@ _KNOWS_ANON = ("s3", "s3a", "abfs", "abfss", "az")
 # What is wrong on this side; no other file would fare better.
 _LOCAL_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
+# Web servers: to connect, and between two packets. S3 has limits like these of its own.
+_CONNECT_S, _READ_S = 15, 30
+
 _PARTIAL = ".partial-"
+_ABANDONED_S = 3600.0  # a partial file that grows no more; another fetch may write the younger ones
 
 
 class TransferError(DataError):
@@ -74,8 +79,13 @@ class Source:
         self.url = url.rstrip("/")
         self._root = root.rstrip("/")
         self._retries = retries
+        self._stopped = threading.Event()
         # web servers rarely list their folders, and never with sizes
         self.lists = protocol not in ("http", "https")
+
+    def stop(self) -> None:
+        """Let no request be tried again: what waits for its next attempt fails at once."""
+        self._stopped.set()
 
     def read(self, name: str, size: int | None = None) -> bytes | None:
         """Return the bytes of a file, None if there is none. size: what it must have. Raises TransferError."""
@@ -89,7 +99,7 @@ class Source:
 
     def folders(self, folder: str) -> set[str]:
         """Return the names of the folders in `folder`. Raises TransferError. Only where the source `lists`."""
-        entries = self._attempt(folder, lambda: self._fs.ls(self._path(folder), detail=True)) or []
+        entries = self._attempt(folder, lambda: list(self._entries(self._path(folder)))) or []
         return {_leaf(entry["name"]) for entry in entries if entry["type"] == "directory"}
 
     def files(self, folder: str, *, below: bool = True) -> dict[str, RemoteFile]:
@@ -99,8 +109,10 @@ class Source:
         """
         path = self._path(folder)
 
-        def listed() -> list[dict[str, Any]]:
-            return list(self._fs.find(path, detail=True).values()) if below else self._fs.ls(path, detail=True)
+        def listed() -> list[Mapping[str, Any]]:
+            if not below:
+                return list(self._entries(path))
+            return list(self._fs.find(path, detail=True).values()) if self._is_flat else list(self._walked(path))
 
         entries = self._attempt(folder, listed) or []
         prefix = len(path) + 1
@@ -122,30 +134,64 @@ class Source:
         """
         partial = target.with_name(f"{_PARTIAL}{uuid4().hex}-{target.name}")
 
-        def copied() -> bool:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if size > STREAMED_BYTES:
-                self._fs.get_file(self._path(name), str(partial))
-                content = None
-            else:
-                content = self._fs.cat_file(self._path(name))
-            try:
-                if content is not None:
-                    partial.write_bytes(content)
-                _check_size(partial.stat().st_size, size)
-                os.replace(partial, target)
-            except FileNotFoundError as error:  # not the source's: another fetch tidied up here
-                raise OSError(f"{partial} vanished while it was written") from error
+        def streamed() -> bool:
+            self._fs.get_file(self._path(name), str(partial))
+            _check_size(partial.stat().st_size, size)
             return True
 
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if self._attempt(name, copied) is None:
-                raise TransferError(f"{self.url}/{name}: was listed, but is not there any more; fetch again")
+            if size > STREAMED_BYTES:
+                is_there = self._attempt(name, streamed) is not None
+            else:
+                content = self.read(name, size)
+                is_there = content is not None
+                if content is not None:
+                    partial.write_bytes(content)
+            if not is_there:
+                raise TransferError(f"{self.url}/{name}: was listed, but is not there any more")
+            os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
+
+    @property
+    def _is_flat(self) -> bool:
+        """Whether the file system lists all files below a folder by a way of its own, as object stores do."""
+        from fsspec import AbstractFileSystem  # type: ignore[import-untyped]
+        from fsspec.asyn import AsyncFileSystem  # type: ignore[import-untyped]
+
+        kind = type(self._fs)
+        if issubclass(kind, AsyncFileSystem):
+            return bool(kind._find is not AsyncFileSystem._find)
+        return bool(kind.find is not AbstractFileSystem.find)
+
+    def _walked(self, path: str) -> Iterator[Mapping[str, Any]]:
+        """Yield what lies below a folder; fsspec's own walk leaves out, silently, what it may not or cannot read."""
+        pending = [path]
+        while pending:
+            folder = pending.pop()
+            try:
+                entries = list(self._entries(folder))
+            except FileNotFoundError as error:
+                if folder == path:
+                    raise
+                raise OSError(f"{folder} vanished while it was listed") from error
+            pending += [entry["name"] for entry in entries if entry["type"] == "directory"]
+            yield from entries
+
+    def _entries(self, path: str) -> Iterator[Mapping[str, Any]]:
+        """Yield what lies in a folder, links as what they lead to."""
+        for entry in self._fs.ls(path, detail=True):
+            if entry["type"] in ("file", "directory"):
+                yield entry
+                continue
+            try:
+                yield self._fs.info(entry["name"])
+            except FileNotFoundError as error:
+                raise ValueError(f"{entry['name']} is a link to nothing") from error
 
     def _attempt(self, name: str, action: Callable[[], T]) -> T | None:
         """Return what `action` does, None if the source has no such file; try again while that may help."""
@@ -157,18 +203,16 @@ class Source:
                     return None
                 if isinstance(error, OSError) and error.errno in _LOCAL_FAULTS:
                     raise
-                if attempt == self._retries or not _temporary(error):
-                    raise TransferError(
-                        f"{self.url}/{name}: {_one_line(error)} ({attempt + 1} attempts); fetch again later"
-                    ) from error
+                if attempt == self._retries or not _temporary(error) or self._stopped.is_set():
+                    raise TransferError(f"{self.url}/{name}: {_one_line(error)} ({attempt + 1} attempts)") from error
                 pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt) * random.uniform(0.5, 1)
                 logger.debug("%s/%s: %s; again in %.1f s", self.url, name, _one_line(error), pause)
-                time.sleep(pause)
+                self._stopped.wait(pause)
         raise AssertionError("unreachable")
 
 
 def sizes_here(folder: Path, keys: list[str]) -> dict[str, int]:
-    """Return the sizes of those files `keys` in `folder` that exist; what killed fetches left beside them is removed.
+    """Return the sizes of those files `keys` in `folder` that exist; what killed fetches left long ago is removed.
 
     Folders are listed once each: a look at every file takes much longer on a shared file system.
     """
@@ -178,12 +222,20 @@ def sizes_here(folder: Path, keys: list[str]) -> dict[str, int]:
             with os.scandir(folder / inner) as entries:
                 for entry in entries:
                     if entry.name.startswith(_PARTIAL):
-                        Path(entry.path).unlink(missing_ok=True)
+                        _remove_abandoned(Path(entry.path))
                     elif entry.is_file():
                         found[f"{inner}/{entry.name}" if inner else entry.name] = entry.stat().st_size
         except (FileNotFoundError, NotADirectoryError):
             continue
     return {key: found[key] for key in keys if key in found}
+
+
+def _remove_abandoned(partial: Path) -> None:
+    try:
+        if time.time() - partial.stat().st_mtime > _ABANDONED_S:
+            partial.unlink()
+    except FileNotFoundError:
+        pass  # the fetch that wrote it has finished it
 
 
 def _options(protocol: str, options: Mapping[str, Any], workers: int) -> dict[str, Any]:
@@ -195,6 +247,11 @@ def _options(protocol: str, options: Mapping[str, Any], workers: int) -> dict[st
         client = {"retries": {"max_attempts": 0}, "max_pool_connections": workers}
         given["config_kwargs"] = {**client, **given.get("config_kwargs", {})}
         given.setdefault("max_concurrency", 1)  # whole files, one request each: the workers are the concurrency
+    if protocol in ("http", "https"):
+        from aiohttp import ClientTimeout
+
+        limits = ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_READ_S)
+        given["client_kwargs"] = {"timeout": limits, **given.get("client_kwargs", {})}
     return given
 
 
@@ -231,4 +288,4 @@ def _leaf(name: str) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return ": ".join(filter(None, [type(error).__name__, " ".join(str(error).split())]))

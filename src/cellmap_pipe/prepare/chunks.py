@@ -25,6 +25,7 @@ from cellmap_pipe.files import (
     check_file,
     describe_file,
     digest,
+    file_digest,
     read_json,
     remove_partials,
     replacing,
@@ -34,12 +35,13 @@ from cellmap_pipe.files import (
 from cellmap_pipe.geometry import Lattice
 from cellmap_pipe.prepare.convert import map_isolated
 from cellmap_pipe.prepare.em import read_em
-from cellmap_pipe.prepare.labels import PRESENT, UNKNOWN, UNKNOWN_ROW, decode_table
+from cellmap_pipe.prepare.labels import PRESENT, UNKNOWN
 from cellmap_pipe.prepare.ngff import Image, chunk_files, read_image
 from cellmap_pipe.prepare.nifti import CONVERT_REMEDY, nifti_slabs, slab_ranges
 from cellmap_pipe.prepare.plan import grown_box
 from cellmap_pipe.prepare.quality import KEEP, read_verdicts
 from cellmap_pipe.prepare.resample import lattice_weights
+from cellmap_pipe.prepare.state_table import UNKNOWN_ROW, decode_table
 from cellmap_pipe.prepare.store import FORMAT_VERSION, pack_index
 
 logger = logging.getLogger(__name__)
@@ -188,6 +190,7 @@ def chunk_crop(record: Record, settings: ChunkSettings) -> Record:
     if known and known["input_digest"] == input_digest:
         logger.info("%s: the store holds it already", crop)
         return known
+    sidecar.unlink(missing_ok=True)  # from here on it may not describe the files any more: their sizes stay the same
     nifti = {
         kind: check_file(record["files"][kind], settings.nifti_dir, CONVERT_REMEDY, full=True)
         for kind in ("image", "label")
@@ -280,11 +283,11 @@ def _pinned_image(record: Record, settings: ChunkSettings) -> Image:
 
 
 def _em_identity(image: Image, lattice: Lattice) -> dict[str, Any]:
-    """Return what tells that other EM would be read for `lattice`: the level, and name and size of its chunk files."""
+    """Return what tells that other EM would be read for `lattice`: the level, and name and bytes of its chunk files."""
     (level,) = image.levels
     weights = lattice_weights(level.lattice, lattice)
     files = chunk_files(level, [w.start for w in weights], [w.stop for w in weights])
-    chunks = [[os.path.relpath(path, level.path), path.stat().st_size] for path in files]
+    chunks = [[os.path.relpath(path, level.path), file_digest(path)] for path in files]
     return {"level": Path(level.path).name, "lattice": level.lattice.to_dict(), "chunks": chunks}
 
 

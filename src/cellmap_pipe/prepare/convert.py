@@ -25,7 +25,6 @@ from uuid import uuid4
 
 import numpy as np
 
-from cellmap_pipe.classes import get_class
 from cellmap_pipe.config import RESULT_VERSIONS
 from cellmap_pipe.errors import BudgetError, CellmapError, ConfigError, ContractError, DataError, GeometryError
 from cellmap_pipe.files import (
@@ -41,24 +40,16 @@ from cellmap_pipe.files import (
 from cellmap_pipe.geometry import Lattice, Vec3, vec3
 from cellmap_pipe.prepare.crops import annotated_classes, read_crops
 from cellmap_pipe.prepare.em import EMBlock, choose_level, read_em
-from cellmap_pipe.prepare.labels import (
-    LabelArray,
-    as_mapping,
-    build_label_map,
-    count_ids,
-    count_states,
-    count_values,
-    empty_means,
-    encode_table,
-    is_empty,
-    resample_ids,
-)
+from cellmap_pipe.prepare.instances import count_ids, has_instances, resample_ids
+from cellmap_pipe.prepare.label_map import build_label_map
+from cellmap_pipe.prepare.labels import LabelArray, as_mapping, empty_means, is_empty
 from cellmap_pipe.prepare.labels import read_label as _read_label
 from cellmap_pipe.prepare.ngff import Image, Level, chunk_files, read_image
 from cellmap_pipe.prepare.nifti import read_nifti, write_nifti, write_nifti_slabs
 from cellmap_pipe.prepare.plan import check_budget, target_lattice
 from cellmap_pipe.prepare.registration import register
 from cellmap_pipe.prepare.resample import lattice_weights
+from cellmap_pipe.prepare.state_table import count_states, count_values, encode_table
 
 logger = logging.getLogger(__name__)
 
@@ -249,11 +240,12 @@ def _convert(
     check_budget(target, settings.context_nm, settings.max_train_gb)
     image = read_image(root / row["em"])
     record["em_inside_fraction"] = round(label_lattice.overlap_fraction(image.levels[0].lattice), 6)
-    record["input_digest"] = _input_digest(labels, image, target, settings, row["crop"], record["annotated"])
+    record["input_digest"] = _input_digest(labels, image, target, settings, record)
     paths = bulk_paths(folder, row["crop"])
     earlier = _unchanged(paths["record"], folder, record["input_digest"])
     if earlier is not None:
         return earlier
+    paths["record"].unlink(missing_ok=True)  # from here on it may not describe the files any more
 
     scratch = scratch_arrays(paths["image"].parent, paths["image"].name)
     em = read_em(image, target, max_upsample=settings.max_upsample, scratch=scratch)
@@ -298,7 +290,7 @@ def _write_instances(
     earlier = set(_instance_files(folder, crop))
     for label in labels:
         marked = record["source_counts"][label.name]["present"]
-        if label.name not in settings.classes or not _has_instances(label) or not marked:
+        if label.name not in settings.classes or not has_instances(label) or not marked:
             continue
         path = instance_path(folder, crop, label.name)
         slabs = (slab for _, _, slab in resample_ids(label, target))
@@ -308,12 +300,6 @@ def _write_instances(
         earlier.discard(path)
     for path in earlier:
         path.unlink(missing_ok=True)
-
-
-def _has_instances(label: LabelArray) -> bool:
-    """Return whether the array's values are ids: its metadata say so, or else the class is one of instances."""
-    kind = as_mapping(label.attributes["cellmap"]["annotation"].get("annotation_type"))
-    return get_class(label.name).instance and kind.get("type") != "semantic_segmentation"
 
 
 def _instance_files(folder: Path, crop: str) -> list[Path]:
@@ -352,9 +338,12 @@ def _open_labels(path: Path, crop: str, settings: Settings, record: dict[str, An
 
 
 def _input_digest(
-    labels: Sequence[LabelArray], image: Image, target: Lattice, settings: Settings, crop: str, annotated: Sequence[str]
+    labels: Sequence[LabelArray], image: Image, target: Lattice, settings: Settings, record: Mapping[str, Any]
 ) -> str:
-    """Return a digest of all that determines the conversion: settings, metadata, and the bytes of the chunks read."""
+    """Return a digest of all that determines the conversion: settings, metadata, and the bytes of the chunks read.
+
+    record: as far as `_open_labels` filled it in; its source_counts are those of the arrays that say nothing.
+    """
     level = choose_level(image, target, settings.max_upsample)
     weights = lattice_weights(level.lattice, target)
     chunks: dict[str, tuple[Level, Sequence[int], Sequence[int]]]
@@ -367,8 +356,10 @@ def _input_digest(
             "grid": settings.grid,
             "lattice": target.to_dict(),
             "classes": settings.classes,
-            "annotated": annotated,
-            "empty": {label.name: settings.empty_means(crop, label.name) for label in labels},
+            "em": record["em"],
+            "annotated": record["annotated"],
+            "withdrawn": record["source_counts"],
+            "empty": {label.name: settings.empty_means(record["crop"], label.name) for label in labels},
             "max_upsample": settings.max_upsample,
             "attributes": {label.name: label.attributes for label in labels},
             "levels": [[Path(entry.path).name, entry.lattice.to_dict(), entry.dtype] for entry in image.levels],

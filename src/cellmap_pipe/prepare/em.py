@@ -4,15 +4,16 @@ A chunk that was never downloaded reads as zeros, which is not resin but nothing
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from cellmap_pipe.errors import DataError, GeometryError
 from cellmap_pipe.geometry import Lattice, Vec3, nearest_level, vec3
 from cellmap_pipe.prepare.ngff import Image, Level, chunk_shape, chunks_on_disk, open_level, read_box
-from cellmap_pipe.prepare.resample import AxisWeights, apply_weights, inside, lattice_weights, z_slabs
+from cellmap_pipe.prepare.resample import AxisWeights, apply_weights, inside, lattice_weights, tiles
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def read_em(
     result = scratch(target.shape, np.uint8)
     valid = None if validity.complete else scratch(target.shape, np.bool_)
     columns = weights[2]
-    for (first, last), (top, bottom) in _tiles(weights, chunk_shape(level)):
+    for (first, last), (top, bottom) in tiles(weights, chunk_shape(level), SLAB_VOXELS):
         planes, rows = weights[0].rows(first, last), weights[1].rows(top, bottom)
         tile = result[first:last, top:bottom]
         if valid is not None:
@@ -77,6 +78,21 @@ def read_em(
             tile[~tile_valid] = 0
     factors = vec3([t / v for t, v in zip(target.voxel_nm, level.lattice.voxel_nm, strict=True)])
     return EMBlock(result, valid, level.path.rsplit("/", 1)[-1], factors)
+
+
+def valid_voxels(image: Image, target: Lattice, level: str) -> np.ndarray | None:
+    """Return which voxels of `target` are valid where the EM is read from the level of that name; see `EMBlock.valid`.
+
+    No voxel is read. Raises DataError if the level is not on disk.
+    """
+    chosen = next((entry for entry in image.levels if Path(entry.path).name == level), None)
+    if chosen is None:
+        raise DataError(f"{image.path}: its level {level} is not on disk any more; fetch it again")
+    validity = _Validity(chosen, lattice_weights(chosen.lattice, target))
+    if validity.complete:
+        return None
+    depth, height, _ = target.shape
+    return validity.tile((0, depth), (0, height), out=np.empty(target.shape, bool))
 
 
 def choose_level(image: Image, target: Lattice, max_upsample: float) -> Level:
@@ -143,17 +159,6 @@ class _Validity:
                 missing = self.missing[chunks].any(axis=0).astype(np.float32)  # (y chunks, x chunks)
                 plane &= touched[1].astype(np.float32) @ missing @ touched[2].T.astype(np.float32) == 0
         return out
-
-
-def _tiles(weights: Sequence[AxisWeights], chunks: Sequence[int]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Yield ranges of target planes and of target rows that draw on about SLAB_VOXELS source voxels at a time.
-
-    They draw on whole layers of chunks: few chunks are read twice.
-    """
-    z, y, x = weights
-    for first, last in z_slabs(weights, chunks[0], SLAB_VOXELS):
-        for top, bottom in z_slabs([y, z.rows(first, last), x], chunks[1], SLAB_VOXELS):
-            yield (first, last), (top, bottom)
 
 
 def _resample(block: np.ndarray, weights: Sequence[AxisWeights], out: np.ndarray) -> None:

@@ -6,9 +6,9 @@ on a local or shared file system only. Axis order is (z, y, x) throughout.
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -174,6 +174,22 @@ def chunk_shape(level: Level) -> Shape3:
     return shape3(array_layout(Path(level.path)).chunks)
 
 
+def chunk_tiles(
+    level: Level, lower: Sequence[int], upper: Sequence[int], max_voxels: int
+) -> Iterator[tuple[Shape3, Shape3]]:
+    """Yield boxes (lower, upper) that make up the voxels [lower, upper), for reading a few chunks at a time.
+
+    Each box is whole chunks along z and y and all of x, and has about `max_voxels`, or a row of chunks if that is more.
+    """
+    depth, height, _ = chunk_shape(level)
+    row = depth * height * (upper[2] - lower[2])
+    rows = max(1, max_voxels // max(1, row)) * height
+    layers = max(1, rows // max(1, upper[1] - lower[1])) * depth
+    for first, last in _cut(lower[0], upper[0], layers):
+        for top, bottom in _cut(lower[1], upper[1], rows):
+            yield (first, top, lower[2]), (last, bottom, upper[2])
+
+
 @dataclass(frozen=True)
 class ArrayLayout:
     """Shape and chunk files of an array: shapes in voxels (z, y, x), numpy dtype's name, how files are named."""
@@ -296,6 +312,11 @@ def _chunk_range(level: Level, lower: Sequence[int], upper: Sequence[int]) -> tu
     first = [lo // c for lo, c in zip(lower, layout.chunks, strict=True)]
     last = [-(-hi // c) for hi, c in zip(upper, layout.chunks, strict=True)]
     return first, last, layout
+
+
+def _cut(first: int, last: int, step: int) -> Iterator[tuple[int, int]]:
+    """Yield the ranges into which the multiples of `step` cut the indices [first, last)."""
+    yield from pairwise([first, *range((first // step + 1) * step, last, step), last] if first < last else [])
 
 
 def _one_line(error: BaseException) -> str:

@@ -21,6 +21,9 @@ FINER = 0.99
 TIE = 1e-4
 
 
+Span = tuple[int, int]  # first, and the one after the last
+
+
 @dataclass(frozen=True)
 class AxisWeights:
     """Weights of the source voxels in each target voxel along one axis.
@@ -28,12 +31,14 @@ class AxisWeights:
     start: source index of the matrix's first column. matrix: (targets, columns) float32 with rows that sum to 1.
     covered: share of each target voxel that lies inside the source's extent, (targets,) in 0..1; a target voxel
     outside it repeats the nearest source voxel. identity: whether target voxel i is just source voxel start + i.
+    ratio: target voxel / source voxel.
     """
 
     start: int
     matrix: csr_matrix
     covered: np.ndarray
     identity: bool
+    ratio: float
 
     @property
     def stop(self) -> int:
@@ -44,7 +49,7 @@ class AxisWeights:
         """Return the weights of the target voxels [first, last) alone."""
         part = self.matrix[first:last]
         lo, hi = int(part.indices.min()), int(part.indices.max()) + 1
-        return AxisWeights(self.start + lo, part[:, lo:hi], self.covered[first:last], self.identity)
+        return AxisWeights(self.start + lo, part[:, lo:hi], self.covered[first:last], self.identity, self.ratio)
 
 
 def axis_weights(source: Lattice, target: Lattice, axis: int, *, interpolate: bool = True) -> AxisWeights:
@@ -82,7 +87,7 @@ def axis_weights(source: Lattice, target: Lattice, axis: int, *, interpolate: bo
     matrix = csr_matrix((weight[row, tap].astype(np.float32), (row, column - start)), shape=(count, stop - start))
     matrix.sort_indices()
     identity = matrix.nnz == count == stop - start and bool(np.all(matrix.indices == np.arange(count)))
-    return AxisWeights(start, matrix, covered.astype(np.float32), identity)
+    return AxisWeights(start, matrix, covered.astype(np.float32), identity, ratio)
 
 
 def lattice_weights(source: Lattice, target: Lattice, *, interpolate: bool = True) -> list[AxisWeights]:
@@ -99,8 +104,9 @@ def apply_weights(block: np.ndarray, weights: Sequence[AxisWeights]) -> np.ndarr
     if block.shape != expected:
         raise ValueError(f"block of shape {block.shape} for weights over {expected} voxels")
     values = block.astype(np.float32, copy=False)
-    # the axis that shrinks most first: the others then have less to do
-    for axis in sorted(range(3), key=lambda i: weights[i].matrix.shape[0] / weights[i].matrix.shape[1]):
+    # the axis that shrinks most first: the others then have less to do; not by the block's shape, lest the rounding of
+    # float32 depend on how a volume is cut
+    for axis in sorted(range(3), key=lambda i: -weights[i].ratio):
         if not weights[axis].identity:
             values = _apply_axis(values, weights[axis].matrix, axis)
     return values
@@ -147,6 +153,17 @@ def z_slabs(weights: Sequence[AxisWeights], chunk: int, max_voxels: int) -> Iter
     layers = (z.indices[z.indptr[:-1]] + weights[0].start) // layer
     edges = [0, *(np.flatnonzero(np.diff(layers)) + 1).tolist(), len(layers)]
     yield from pairwise(edges)
+
+
+def tiles(weights: Sequence[AxisWeights], chunks: Sequence[int], max_voxels: int) -> Iterator[tuple[Span, Span]]:
+    """Yield ranges of target planes and of target rows that draw on about `max_voxels` source voxels at a time.
+
+    They draw on whole layers and rows of the source's chunks (`chunks`: z, y, x): few chunks are read twice.
+    """
+    z, y, x = weights
+    for first, last in z_slabs(weights, chunks[0], max_voxels):
+        for top, bottom in z_slabs([y, z.rows(first, last), x], chunks[1], max_voxels):
+            yield (first, last), (top, bottom)
 
 
 def _apply_axis(values: np.ndarray, matrix: csr_matrix, axis: int) -> np.ndarray:

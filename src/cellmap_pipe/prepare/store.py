@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from cellmap_pipe.errors import ContractError
 from cellmap_pipe.files import check_file, read_json
-from cellmap_pipe.prepare.labels import decode_table
+from cellmap_pipe.prepare.state_table import decode_table
 
 FORMAT_VERSION = 1
 REMEDY = "make it again with `snakemake -R chunk`"

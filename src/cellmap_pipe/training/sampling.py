@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from cellmap_pipe.errors import TrainingError
 from cellmap_pipe.geometry import Shape3, shape3
-from cellmap_pipe.prepare.labels import UNKNOWN, UNKNOWN_ROW
+from cellmap_pipe.prepare.labels import UNKNOWN
+from cellmap_pipe.prepare.state_table import UNKNOWN_ROW
 from cellmap_pipe.prepare.store import Store
 
 # What a sample's random numbers are drawn for: each purpose has a stream of its own.
