@@ -174,11 +174,15 @@ class Config:
 
     def quality_settings(self, grid: str) -> dict[str, Any]:
         thresholds = {key: value for key, value in self.quality.items() if key not in ("keep", "drop")}
+        needs = self.memory_settings(grid)
+        if self.quality["max_predict_gb"] is None:
+            needs["models"] = []  # they decide nothing then: how one predicts must not plan the training of all anew
+        return {"settings": thresholds, "keep": self.quality["keep"], "drop": self.quality["drop"], **needs}
+
+    def memory_settings(self, grid: str) -> dict[str, Any]:
+        """Return what determines the host memory that a crop of the grid needs."""
         models = [self.model(name) for name in self.models]
         return {
-            "settings": thresholds,
-            "keep": self.quality["keep"],
-            "drop": self.quality["drop"],
             "context_nm": self.context_nm,
             "models": [
                 {

@@ -21,6 +21,10 @@ class DataError(CellmapError):
     """One crop or volume cannot be used: unreadable, corrupt, unexpected dtype. Its neighbours go on without it."""
 
 
+class MissingError(DataError):
+    """An image, or every level of it, is not on disk."""
+
+
 class ContractError(CellmapError):
     """A file on disk is not what its JSON contract says; the message names the rule to run again (`-R rule`)."""
 

@@ -185,6 +185,7 @@ def test_missing_and_damaged_em_fail_their_crops_only(project, tmp_path):
     shutil.rmtree(tmp_path / "data/jrc_a/jrc_a.zarr/em")
     records = project.convert()
     assert all("no such image group" in record["cause"] for record in records.values())
+    assert {record["kind"] for record in records.values()} == {"EM not downloaded"}
     assert records["crop1"]["label_lattice"]["shape"] == [16, 16, 16]
 
 

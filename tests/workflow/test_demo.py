@@ -171,6 +171,7 @@ def test_declared_results_are_small_and_nothing_partial_is_left(demo):
         ("revisions: {segment: 1}", "segment", "predict"),
         ("overrides: {unet_3d: {train: {lr: 0.01}}}", "train", "chunk"),
         ("quality: {min_std: 3}", "quality", "convert"),
+        ("overrides: {unet_3d: {predict: {batch: 1}}}", "predict", "train"),
     ],
 )
 def test_a_change_does_again_only_what_depends_on_it(demo, change, first, untouched):
@@ -193,3 +194,34 @@ def test_a_new_crop_is_never_overlooked(demo):
         assert "rule crops" in snakemake(demo, "results/crops.csv", "-n")
     finally:
         shutil.rmtree(folder.parent)
+
+
+def test_fetched_crops_are_judged_like_those_at_the_source(demo, tmp_path):
+    (tmp_path / "crops.csv").write_text("crop\nphantom-1/crop101\nphantom-2/crop203\nphantom-2/crop206\n")
+    extra = tmp_path / "extra.yaml"
+    extra.write_text(
+        f"data: {{root: fetched, crops: crops.csv, volumes: null, truth: null, phantom: null}}\n"
+        f"fetch: {{source: {demo / 'challenge'}, options: {{}}}}\n"
+    )
+    assert "3 crops" in snakemake(tmp_path, "fetch_plan", extra=extra)
+    snakemake(tmp_path, "fetch", extra=extra)
+    assert "Nothing to be done" in snakemake(tmp_path, "fetch", extra=extra)
+    snakemake(tmp_path, "results/quality/16nm/crops.csv", extra=extra)
+    found, expected = (
+        {row["crop"]: row for row in csv.DictReader((folder / "results/quality/16nm/crops.csv").open())}
+        for folder in (tmp_path, demo)
+    )
+    assert found == {crop: expected[crop] for crop in found} and len(found) == 3
+    chunk = next(path for path in (tmp_path / "fetched/phantom-1").rglob("s0/1/0/0"))
+    chunk.unlink()
+    with pytest.raises(AssertionError):
+        snakemake(tmp_path, "verify", extra=extra)
+    assert str(chunk.relative_to(tmp_path / "fetched")) in (tmp_path / "logs/verify.log").read_text()
+
+
+def test_the_crops_can_be_exported_for_nnunet(demo):
+    snakemake(demo, "export_nnunet")
+    folder = demo / "results/nnunet/raw/Dataset801_16nm"
+    description = json.loads((folder / "dataset.json").read_text())
+    assert len(list((folder / "labelsTr").glob("*.nii.gz"))) == description["numTraining"] >= 8
+    assert max(description["labels"].values()) == description["labels"]["ignore"]

@@ -2,6 +2,10 @@ rule evaluate:
     input:
         segmentation="results/segment/{source}/fold{fold}/validation.json",
         crops=rules.crops.output.table,
+        # what they were made of is the truth
+        converted=expand(
+            rules.convert.output.index, grid=CONFIG.grids_in_use, shard=SHARDS
+        ),
     output:
         scores="results/scores/{source}/fold{fold}.json",
     log:

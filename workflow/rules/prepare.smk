@@ -35,6 +35,7 @@ rule crops:
         listing=listing,
         settings=canonical_json(CONFIG.crop_settings()),
         version=CONFIG.version("crops"),
+        fetched=lambda wc: fetched(),
     script:
         "../scripts/crops.py"
 
@@ -182,6 +183,7 @@ rule ceiling:
     params:
         settings=canonical_json(CONFIG.ceiling_settings()),
         version=CONFIG.version("ceiling"),
+        fetched=lambda wc: fetched(),
         nifti_dir=rules.convert.params.nifti_dir,
     script:
         "../scripts/ceiling.py"
@@ -204,6 +206,7 @@ rule chunk:
     params:
         settings=canonical_json(CONFIG.chunk_settings()),
         version=CONFIG.version("chunk"),
+        fetched=lambda wc: fetched(),
         nifti_dir=rules.convert.params.nifti_dir,
         store_dir="results/chunks/{grid}/store",
     script:

@@ -23,6 +23,7 @@ rule quality_page:
         mem_mb=lambda wc, attempt: 8000 * attempt,
         runtime=120,
     params:
+        settings=lambda wc: canonical_json(CONFIG.memory_settings(wc.grid)),
         version=CONFIG.version("report"),
         nifti_dir=rules.convert.params.nifti_dir,
     script:

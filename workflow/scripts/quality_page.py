@@ -1,5 +1,6 @@
 """Draw every crop with its labels and verdict, and tabulate what is known of each class."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,5 +17,6 @@ with job(snakemake):
         snakemake.input.converted,
         Path(snakemake.output.page),
         nifti_dir=Path(snakemake.params.nifti_dir),
+        **json.loads(snakemake.params.settings),
     )
     write_audit(snakemake.input.crops, snakemake.input.converted, Path(snakemake.output.audit))

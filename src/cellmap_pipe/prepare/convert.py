@@ -26,7 +26,15 @@ from uuid import uuid4
 import numpy as np
 
 from cellmap_pipe.config import RESULT_VERSIONS
-from cellmap_pipe.errors import BudgetError, CellmapError, ConfigError, ContractError, DataError, GeometryError
+from cellmap_pipe.errors import (
+    BudgetError,
+    CellmapError,
+    ConfigError,
+    ContractError,
+    DataError,
+    GeometryError,
+    MissingError,
+)
 from cellmap_pipe.files import (
     canonical_json,
     check_file,
@@ -238,7 +246,11 @@ def _convert(
     target = target_lattice(label_lattice, settings.voxel_nm)
     record["lattice"] = target.to_dict()
     check_budget(target, settings.context_nm, settings.max_train_gb)
-    image = read_image(root / row["em"])
+    try:
+        image = read_image(root / row["em"])
+    except MissingError:
+        record["kind"] = "EM not downloaded"
+        raise
     record["em_inside_fraction"] = round(label_lattice.overlap_fraction(image.levels[0].lattice), 6)
     record["input_digest"] = _input_digest(labels, image, target, settings, record)
     paths = bulk_paths(folder, row["crop"])

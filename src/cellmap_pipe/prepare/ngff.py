@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from cellmap_pipe.errors import DataError, GeometryError
+from cellmap_pipe.errors import DataError, GeometryError, MissingError
 from cellmap_pipe.geometry import Lattice, Shape3, shape3, vec3
 
 logger = logging.getLogger(__name__)
@@ -55,11 +55,11 @@ def read_image(path: str | Path) -> Image:
     """Return the levels of the OME-NGFF group at `path`, from the finest to the coarsest.
 
     A level that the metadata list but that has no array on disk is left out: partial downloads are usual.
-    Raises DataError, naming the file and what is missing or wrong in it.
+    Raises DataError, naming the file and what is wrong in it; MissingError if there is no level at all.
     """
     path = Path(path)
     if not path.is_dir():
-        raise DataError(f"{path}: there is no such image group")
+        raise MissingError(f"{path}: there is no such image group")
     attributes = _group_attributes(path)
     namespace = attributes.get("ome", attributes)
     try:
@@ -86,7 +86,7 @@ def read_image(path: str | Path) -> Image:
             raise DataError(f"{array_path}: {error}") from None
         levels.append(Level(str(array_path), lattice, layout.dtype))
     if not levels:
-        raise DataError(f"{path}: none of its levels ({', '.join(str(e['path']) for e in datasets)}) is on disk")
+        raise MissingError(f"{path}: none of its levels ({', '.join(str(e['path']) for e in datasets)}) is on disk")
     levels.sort(key=lambda level: prod(level.lattice.voxel_nm))
     return Image(str(path), tuple(levels), attributes)
 

@@ -84,6 +84,14 @@ def needed_memory(record: Record, models: Sequence[Mapping[str, Any]], context_n
     return Memory(train, predict.get(largest, 0), largest)
 
 
+def memory_figures(memory: Memory | None) -> dict[str, str]:
+    """Return the columns train_mb and predict_mb (10^6 bytes) of a crop, "" for what is not known."""
+    return {
+        "train_mb": _decimals(memory.train / 1e6 if memory else None, 1),
+        "predict_mb": _decimals(memory.predict / 1e6 if memory and memory.model else None, 1),
+    }
+
+
 def judge(record: Record, settings: Mapping[str, Any], memory: Memory | None = None) -> tuple[str, str]:
     """Return the verdict on one crop and its cause in words, "" for `keep`.
 
@@ -250,8 +258,7 @@ def _row(record: Record, verdict: str, cause: str, memory: Memory | None) -> dic
         "shift": ";".join(map(str, placed.get("shift", []))),
         "scale": f"{placed['scale']:g}" if placed else "",
         "margin": _decimals(placed.get("margin"), 3),
-        "train_mb": _decimals(memory.train / 1e6 if memory else None, 1),
-        "predict_mb": _decimals(memory.predict / 1e6 if memory and memory.model else None, 1),
+        **memory_figures(memory),
         "overlaps": ";".join(f"{pair}:{n}" for pair, n in sorted(record["overlaps"].items()) if n),
         "contradictions": " | ".join(record["contradictions"]),
         "instances": ";".join(f"{name}:{n}" for name, n in sorted(record["instances"].items())),

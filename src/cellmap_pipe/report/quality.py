@@ -17,6 +17,7 @@ from cellmap_pipe.colours import REGISTRATIONS, VERDICTS, colour_of
 from cellmap_pipe.files import check_file, read_json, write_text
 from cellmap_pipe.prepare.labels import PRESENT, UNKNOWN
 from cellmap_pipe.prepare.nifti import nifti_slabs
+from cellmap_pipe.prepare.quality import memory_figures, needed_memory
 from cellmap_pipe.prepare.state_table import decode_table
 from cellmap_pipe.report.audit import convert_records, registration_shift
 from cellmap_pipe.report.canvas import DIMMED, OPACITY, grey, grey_limits, painting_order, rgb, round_length
@@ -187,13 +188,22 @@ class _Picture:
     seen: frozenset[str]
 
 
-def write_quality_page(quality_csv: Path, convert_jsons: Sequence[Path], out_html: Path, *, nifti_dir: Path) -> None:
+def write_quality_page(
+    quality_csv: Path,
+    convert_jsons: Sequence[Path],
+    out_html: Path,
+    *,
+    nifti_dir: Path,
+    models: Sequence[Mapping[str, Any]] = (),
+    context_nm: float = 0,
+) -> None:
     """Write a self-contained HTML page with a card per crop of one grid: planes, verdict, cause, remedy and figures.
 
     quality_csv: `quality/{grid}/crops.csv`; convert_jsons: all shards of the grid; nifti_dir: what the records' file
     paths are relative to. The planes z, y and x go through one point: the middle of the box or, on an axis where that
     shows no class, the plane with the most voxels of any. Voxels of which no class is known are dimmed. A crop
     without files has its cause in place of the planes. Memory does not grow with the crop.
+    models, context_nm: see `prepare.quality.needed_memory`; without them the memory that the table names is shown.
     Raises ContractError if a file is missing or damaged.
     """
     rows = sorted(read_csv(quality_csv), key=lambda row: row["crop"])
@@ -203,6 +213,8 @@ def write_quality_page(quality_csv: Path, convert_jsons: Sequence[Path], out_htm
     cards = []
     for row in rows:
         record = by_crop.get(row["crop"], {})
+        if models and record.get("status") == "ok":
+            row |= memory_figures(needed_memory(record, models, context_nm))
         picture = _picture(record, classes, FilePath(nifti_dir)) if record.get("files") else None
         seen |= picture.seen if picture else set()
         cards.append(_card(row, record, picture))
