@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,11 +94,12 @@ def test_every_crop_gets_the_verdict_that_its_description_asks_for(run: Path, ex
     assert set(verdicts) == set(expected)
     told = {crop: entry["verdict"] for crop, entry in expected.items()}
     assert {crop: row["verdict"] for crop, row in verdicts.items()} == told
-    assert "on disk" in verdicts["fly_medulla-3/crop303"]["cause"]
-    assert verdicts["fly_medulla-3/crop304"]["cause"] == "nothing annotated"
-    # the description says that these labels were rolled by (30, 45, 38) voxels
-    assert "misregistered" in verdicts["fly_medulla-3/crop305"]["cause"]
-    assert "(+30, +45, +38)" in verdicts["fly_medulla-3/crop305"]["cause"]
+    assert verdicts["fly_medulla-3/crop303"]["cause"] == "EM not downloaded"
+    assert verdicts["fly_medulla-3/crop304"]["cause"] == "unannotated"
+    # the description says that these labels were rolled by (30, 45, 38) voxels; their outlines are rough to a voxel
+    cause = verdicts["fly_medulla-3/crop305"]["cause"]
+    measured = [int(number) for number in re.findall(r"[+-]\d+", cause)]
+    assert cause.startswith("misregistered") and np.abs(np.subtract(measured, (30, 45, 38))).max() <= 1
 
 
 def test_stored_voxels_are_counted_by_state_as_described(records: dict, expected: dict) -> None:
