@@ -175,12 +175,13 @@ class Tally:
     def add(self, group: str, what: str, found: Registration) -> None:
         wanted = {"twice": ("rescaled", 2.0), "half": ("rescaled", 0.5), "displaced": ("displaced", 1.0)}
         kind = what.split(",")[0]
-        if kind == "in place":
-            outcome = "flagged" if found.verdict in ("displaced", "rescaled") else found.verdict
-        else:
-            right = (found.verdict, found.scale) == wanted[kind]
         flagged = found.verdict in ("displaced", "rescaled")
-        outcome = "detected" if right else f"detected as {found.verdict}" if flagged else "missed"
+        if kind == "in place":
+            outcome = "flagged" if flagged else found.verdict
+        elif (found.verdict, found.scale) == wanted[kind]:
+            outcome = "detected"
+        else:
+            outcome = f"detected as {found.verdict}" if flagged else "missed"
         self.counts.setdefault(f"{group}: {what}", Counter())[outcome] += 1
 
     def rate(self, group: str, outcome: str, *, in_place: bool) -> float:
