@@ -62,7 +62,7 @@ class Source:
 
         retries: further attempts after one that failed. Raises ConfigError for a URL or options that cannot be used.
         """
-        from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+        from fsspec.core import url_to_fs
 
         protocol = url.split("://", 1)[0] if "://" in url else "file"
         try:
@@ -160,8 +160,8 @@ class Source:
     @property
     def _is_flat(self) -> bool:
         """Whether the file system lists all files below a folder by a way of its own, as object stores do."""
-        from fsspec import AbstractFileSystem  # type: ignore[import-untyped]
-        from fsspec.asyn import AsyncFileSystem  # type: ignore[import-untyped]
+        from fsspec import AbstractFileSystem
+        from fsspec.asyn import AsyncFileSystem
 
         kind = type(self._fs)
         if issubclass(kind, AsyncFileSystem):
