@@ -26,13 +26,13 @@ RESULT_VERSIONS: dict[str, int] = {
     "phantom": 2,
     "crops": 2,
     "convert": 2,
-    "quality": 2,
+    "quality": 3,
     "ceiling": 1,
     "folds": 2,
     "datalist": 1,
     "nnunet": 1,
-    "chunk": 3,
-    "train": 1,
+    "chunk": 4,
+    "train": 2,
     "predict": 2,
     "ensemble": 1,
     "segment": 2,
@@ -134,6 +134,7 @@ class Config:
     folds: Folds
     nnunet: Mapping[str, Any]
     context_nm: float
+    store_memory_gb: float | None
     segment: Mapping[str, Any]
     rules: str
     revisions: Mapping[str, int]
@@ -243,6 +244,7 @@ class Config:
         return {
             "context_nm": self.context_nm,
             "max_upsample": self.max_upsample,
+            "memory_gb": self.store_memory_gb,
             "revision": self.revisions["chunk"],
         }
 
@@ -319,6 +321,7 @@ def load_config(
         folds=_section(Folds, folds),
         nnunet=values["nnunet"],
         context_nm=float(values["chunks"]["context_nm"]),
+        store_memory_gb=values["chunks"]["memory_gb"],
         segment=values["segment"],
         rules=values["evaluate"]["rules"],
         revisions=values["revisions"],
@@ -502,6 +505,12 @@ def _check_model(name: str, entries: Mapping[str, Any], values: Mapping[str, Any
         raise ConfigError(
             f"{source('train', 'deep_supervision')}: train.deep_supervision of model {name} is all zero; "
             "at least one output must have a weight"
+        )
+    limits = entries["train"]["normalisation"]
+    if not isinstance(limits, str) and limits[1] <= limits[0]:
+        raise ConfigError(
+            f"{source('train', 'normalisation')}: train.normalisation of model {name} is {limits}; "
+            "the second intensity, which becomes 1, must be the higher one"
         )
     begin = entries["train"]["init_from"]
     if begin and not Path(begin).is_file():

@@ -1,15 +1,21 @@
 """How stored uint8 intensities become a network's input: one table per dataset, used in training and prediction alike.
 
-The constants are percentiles of a dataset's valid voxels (EM on disk), never of one crop or patch: a patch's own range
-would hide exactly the differences in brightness that tell lumen from membrane.
+The constants are those of a dataset's valid voxels (EM on disk), never of one crop or patch: a patch's own range would
+hide exactly the differences in brightness that tell lumen from membrane.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 LEVELS = 256
+
+# The percentiles of a dataset's valid voxels that become 0 and 1, for each normalisation that is measured.
+MEASURED: Mapping[str, tuple[float, float]] = {"percentile": (0.5, 99.5), "range": (0.0, 100.0)}
+
+# One of MEASURED, "uint8/255", or the two intensities themselves: `train.normalisation` of config.yaml.
+Normalisation = str | Sequence[float]
 
 
 def percentile(histogram: Sequence[int] | npt.NDArray[np.integer], q: float) -> float:
@@ -32,14 +38,26 @@ def percentile(histogram: Sequence[int] | npt.NDArray[np.integer], q: float) -> 
     return float(low + (high - low) * (rank - below))
 
 
-def percentile_range(
-    histogram: Sequence[int] | npt.NDArray[np.integer], lower: float = 0.5, upper: float = 99.5
-) -> tuple[float, float]:
-    """Return the intensities at the `lower` and `upper` percentile of a histogram of 256 counts.
+def is_measured(normalisation: Normalisation) -> bool:
+    """Return whether the constants of a normalisation depend on the dataset."""
+    return isinstance(normalisation, str) and normalisation in MEASURED
 
-    Raises ValueError if nothing was counted.
+
+def intensity_range(
+    histogram: Sequence[int] | npt.NDArray[np.integer], normalisation: Normalisation
+) -> tuple[float, float]:
+    """Return the stored intensities that become 0 and 1, for the dataset whose valid voxels `histogram` counts.
+
+    normalisation: "percentile" (0.5 and 99.5), "range" (the least and the greatest), "uint8/255", or two intensities;
+    the last two hold whatever was counted. Raises ValueError if they are to be measured and nothing was counted.
     """
-    return percentile(histogram, lower), percentile(histogram, upper)
+    if normalisation == "uint8/255":
+        return 0.0, float(LEVELS - 1)
+    if isinstance(normalisation, str):
+        lower, upper = MEASURED[normalisation]
+        return percentile(histogram, lower), percentile(histogram, upper)
+    lo, hi = normalisation
+    return float(lo), float(hi)
 
 
 def lookup_table(lo: float, hi: float) -> npt.NDArray[np.float32]:

@@ -114,6 +114,30 @@ def test_loading_costs_little():
         ),
         ("overrides: {swinunetr: {train: {class_weights: [1, 2]}}}", "has 2 entries for 14 classes"),
         ("train: {lr: fast}", "extra.yaml: train.lr is 'fast'; allowed: a number > 0 (highest learning rate)"),
+        (
+            "train: {normalisation: percentiles}",
+            "extra.yaml: train.normalisation is 'percentiles'; allowed: one of percentile, range, uint8/255 or a list "
+            "(of a number >= 0 <= 255, 2 of them)",
+        ),
+        ("train: {normalisation: [10]}", "extra.yaml: train.normalisation is [10]; allowed: one of percentile, range"),
+        ("train: {normalisation: [10, 300]}", "extra.yaml: train.normalisation is [10, 300]; allowed: one of"),
+        ("train: {normalisation: [10, high]}", "extra.yaml: train.normalisation is [10, 'high']; allowed: one of"),
+        ("train: {normalisation: null}", "train.normalisation is missing"),
+        (
+            "overrides: {swinunetr: {train: {normalisation: [210, 90]}}}",
+            "extra.yaml: train.normalisation of model swinunetr is [210, 90]; the second intensity, which becomes 1, "
+            "must be the higher one",
+        ),
+        (
+            "{models: [swinunetr], overrides: {'*': {train: {normalisation: [90, 90]}}}}",
+            "extra.yaml: train.normalisation of model swinunetr is [90, 90]; the second intensity",
+        ),
+        ("train: {augment: {intensity: true}}", "extra.yaml: train.augment.intensity is not a known key; "),
+        ("train: {augment: {gama: false}}", "train.augment.gama is not a known key; did you mean 'gamma'?"),
+        ("train: {augment: {blur: 0.5}}", "extra.yaml: train.augment.blur is 0.5; allowed: true or false"),
+        ("train: {class_power: 3}", "extra.yaml: train.class_power is 3; allowed: a number >= -2 <= 1"),
+        ("train: {on_damage: ignore}", "extra.yaml: train.on_damage is 'ignore'; allowed: one of stop, skip"),
+        ("chunks: {memory_gb: 0}", "extra.yaml: chunks.memory_gb is 0; allowed: a number or null > 0"),
         ("retrain: perhaps", "extra.yaml: retrain is 'perhaps'; allowed: true or false"),
     ],
 )
@@ -170,6 +194,11 @@ def test_mappings_merge_lists_are_replaced_and_null_removes():
 
 def test_null_stays_where_it_is_a_value():
     assert resolve("train: {clip: null}").model("swinunetr").train["clip"] is None
+
+
+@pytest.mark.parametrize("value", ["percentile", "range", "uint8/255", [90, 210], [0.5, 1.5]])
+def test_every_normalisation_is_accepted(value):
+    assert resolve(f"train: {{normalisation: {value}}}").model("swinunetr").train["normalisation"] == value
 
 
 def test_numbers_in_exponent_notation_are_numbers():

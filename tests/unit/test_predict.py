@@ -16,10 +16,11 @@ from cellmap_pipe.colours import colour_of
 from cellmap_pipe.errors import CellmapError, ConfigError, ContractError
 from cellmap_pipe.files import read_json
 from cellmap_pipe.geometry import Lattice
-from cellmap_pipe.intensity import lookup_table
+from cellmap_pipe.intensity import intensity_range, lookup_table
 from cellmap_pipe.prediction import predict
 from cellmap_pipe.prediction.sliding_window import PredictionError
 from cellmap_pipe.prediction.volumes import grid_lattice
+from cellmap_pipe.training.inference import FORMAT
 from cellmap_pipe.training.networks import build_network
 
 CLASSES = ["ecs", "mito_mem", "mito_lum"]
@@ -91,6 +92,7 @@ def run(root: Path, network: Net, volumes: list[dict[str, Any]], monkeypatch: py
         patch=(32, 16, 16),
         normalisation={"jrc_a": [0.0, 255.0]},
         digest=more.pop("weights", "w1"),
+        contents={"settings": {"normalisation": more.pop("normalisation", "percentile")}},
     )
     monkeypatch.setattr(predict, "load_model", lambda path, device: trained)
     arguments: dict[str, Any] = {
@@ -258,17 +260,66 @@ def test_memory_limit_changes_nothing_but_the_cut(root: Path, ngff: Writer, monk
         run(root, Net(), [wide], monkeypatch, settings={**SETTINGS, "memory_gb": 1e-5}, store_dir=root / "out/none")
 
 
-def test_unseen_dataset_is_normalised_by_its_own_percentiles(
-    root: Path, ngff: Writer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def unseen(root: Path, ngff: Writer) -> tuple[dict[str, Any], np.ndarray]:
+    """A volume of a dataset that was not trained on, and its EM: 100 to 150, and two voxels beyond."""
     em = Lattice(VOXEL, (4, 4, 4), (40, 40, 40))
     image = (100 + np.arange(40**3) % 51).astype(np.uint8).reshape(em.shape)
+    image[20, 20, 20:22] = 30, 240
     ngff(root / "data/jrc_new/jrc_new.zarr/em", image, VOXEL, (4, 4, 4), chunks=CHUNKS)
-    box = em.to_dict()
-    (record,) = run(root, Net(), [volume("jrc_new/crop1", lattice=box, target=box)], monkeypatch)["records"]
-    assert record["normalisation"] == {"range": [100.0, 150.0], "from": "this volume"}
-    expected = lookup_table(100, 150)[image] * 255
+    return volume("jrc_new/crop1", lattice=em.to_dict(), target=em.to_dict()), image
+
+
+@pytest.mark.parametrize(
+    ("normalisation", "limits", "source"),
+    [
+        ("percentile", [100.0, 150.0], "this volume"),
+        ("range", [30.0, 240.0], "this volume"),
+        ("uint8/255", [0.0, 255.0], "training"),
+        ([90, 210], [90.0, 210.0], "training"),
+    ],
+    ids=str,
+)
+def test_unseen_dataset_is_normalised_as_the_model_was_trained(
+    root: Path,
+    unseen: tuple[dict[str, Any], np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+    normalisation: Any,
+    limits: list[float],
+    source: str,
+) -> None:
+    asked, image = unseen
+    (record,) = run(root, Net(), [asked], monkeypatch, normalisation=normalisation)["records"]
+    assert record["normalisation"] == {"range": limits, "from": source}
+    expected = lookup_table(*limits)[image] * 255
     assert np.abs(array_of(root, record)[0] - expected).max() <= 1
+
+
+def test_unseen_dataset_is_measured_once_and_a_trained_one_never(
+    root: Path, unseen: tuple[dict[str, Any], np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[tuple[Any, ...]] = []
+
+    def counting(*arguments: Any) -> tuple[float, float]:
+        measured.append(arguments)
+        return intensity_range(*arguments)
+
+    monkeypatch.setattr(predict, "intensity_range", counting)
+    seen = volume(shape=(70, 24, 24))
+    first, second = run(root, Net(), [seen, unseen[0]], monkeypatch, normalisation="range")["records"]
+    assert first["normalisation"] == {"range": [0.0, 255.0], "from": "training"}
+    assert second["normalisation"] == {"range": [30.0, 240.0], "from": "this volume"}
+    ((histogram, kind),) = measured
+    assert (histogram.sum(), kind) == (40**3, "range")
+
+
+def test_an_unseen_dataset_is_predicted_anew_by_another_normalisation(
+    root: Path, unseen: tuple[dict[str, Any], np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first,) = run(root, Net(), [unseen[0]], monkeypatch)["records"]
+    network = Net()
+    (other,) = run(root, network, [unseen[0]], monkeypatch, normalisation="range")["records"]
+    assert network.windows > 0 and other["fingerprint"] != first["fingerprint"]
 
 
 def test_only_classes_that_are_asked_for_are_written(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,9 +431,15 @@ def test_a_checkpoint_predicts_as_its_network_does(root: Path) -> None:
     torch.manual_seed(0)
     network = build_network("UNet", arguments, patch=patch, n_classes=2, spatial_dims=3)
     contents = {
-        "format": 1,
+        "format": FORMAT,
         "state_dict": network.state_dict(),
-        "settings": {"network": "UNet", "arguments": arguments, "spatial_dims": 3, "amp": "none"},
+        "settings": {
+            "network": "UNet",
+            "arguments": arguments,
+            "spatial_dims": 3,
+            "amp": "none",
+            "normalisation": "percentile",
+        },
         "classes": ["ecs", "pm"],
         "grid": "8nm",
         "voxel_nm": list(VOXEL),
@@ -403,3 +460,9 @@ def test_a_damaged_checkpoint_is_named(root: Path) -> None:
     with pytest.raises(ContractError, match=r"model\.pt"):
         predict_with(root, root / "model.pt", [volume()])
     assert not (root / "out/shard0.json").exists()
+
+
+def test_a_checkpoint_that_does_not_name_its_normalisation_is_refused(root: Path) -> None:
+    torch.save({"format": FORMAT - 1, "state_dict": {}}, root / "model.pt")
+    with pytest.raises(ContractError, match=rf"model\.pt: model format 1, this version reads {FORMAT}; train it again"):
+        predict_with(root, root / "model.pt", [volume()])

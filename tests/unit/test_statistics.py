@@ -102,8 +102,10 @@ def test_intensities_are_those_of_the_valid_voxels_pooled_per_dataset(volumes):
     for dataset, entry in summary["datasets"].items():
         voxels = np.concatenate([crop.image[crop.valid] for crop in volumes if crop.dataset == dataset])
         assert entry["voxels"] == voxels.size
-        for q in (0.5, 99.5):
-            assert entry["percentiles"][f"{q:g}"] == pytest.approx(np.percentile(voxels, q))
+        assert entry["ranges"] == {
+            "percentile": pytest.approx(np.percentile(voxels, [0.5, 99.5])),
+            "range": [voxels.min(), voxels.max()],
+        }
         assert entry["mean"] == pytest.approx(voxels.mean(), abs=1e-3)
         assert entry["std"] == pytest.approx(voxels.std(), abs=1e-3)
 

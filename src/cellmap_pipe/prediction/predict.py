@@ -18,12 +18,13 @@ from cellmap_pipe.config import RESULT_VERSIONS
 from cellmap_pipe.errors import ConfigError, ContractError
 from cellmap_pipe.files import digest, write_json
 from cellmap_pipe.geometry import Lattice, shape3
-from cellmap_pipe.intensity import lookup_table, percentile_range
+from cellmap_pipe.intensity import intensity_range, is_measured, lookup_table
 from cellmap_pipe.prediction.sliding_window import Network, PredictionError, columns, make_plan, stream
 from cellmap_pipe.prediction.store import BlockStore, blocks_of, file_stem, remove_unlisted, runs_of
 from cellmap_pipe.prediction.volumes import (
     READ_PLANES,
     EMVolume,
+    Survey,
     Volume,
     VoxelSize,
     check_survey,
@@ -213,14 +214,7 @@ class _Job:
         em = EMVolume(self.root / volume["em"], lattice, max_upsample=self.used.max_upsample, reach=patch)
         survey = em.survey()
         check_survey(survey, em.path)
-        constants = self.trained.normalisation.get(volume["dataset"])
-        source = "training"
-        if constants is None:
-            constants, source = percentile_range(survey.histogram), "this volume"
-            logger.info(
-                "%s: %s was not trained on; its own percentiles are %s", volume["name"], volume["dataset"], constants
-            )
-        normalisation = [float(value) for value in constants]
+        normalisation, source = self._intensity_range(volume, survey)
         fingerprint = digest(
             {
                 "version": RESULT_VERSIONS["predict"],
@@ -265,6 +259,19 @@ class _Job:
                     for block in blocks_of(((first, y0, x0), (last, y1, x1)), depth):
                         store.finish(block)
         return store, notes
+
+    def _intensity_range(self, volume: Volume, survey: Survey) -> tuple[list[float], str]:
+        """Return the intensities of a volume that become 0 and 1, and where they were found.
+
+        A dataset that was not trained on is measured here, as the datasets of the training were.
+        """
+        known = self.trained.normalisation.get(volume["dataset"])
+        kind = self.trained.contents["settings"]["normalisation"]
+        lo, hi = known or intensity_range(survey.histogram, kind)
+        if known or not is_measured(kind):
+            return [float(lo), float(hi)], "training"
+        logger.info("%s: not trained on; its intensities %g and %g become 0 and 1 (%s)", volume["name"], lo, hi, kind)
+        return [lo, hi], "this volume"
 
     def _check_grid(self, volume: Volume, lattice: Lattice) -> None:
         """Raise ContractError if the volume's lattice is not of the voxels that the network was trained on."""

@@ -10,10 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cellmap_pipe.intensity import LEVELS, percentile
-
-# The intensities that normalisation maps to 0 and 1.
-PERCENTILES = (0.5, 99.5)
+from cellmap_pipe.intensity import LEVELS, MEASURED, intensity_range
 
 STATES = ("present", "absent", "unknown")
 
@@ -21,9 +18,10 @@ STATES = ("present", "absent", "unknown")
 def summarise(grid: str, records: Iterable[Mapping[str, Any]], classes: Sequence[str]) -> dict[str, Any]:
     """Return what statistics.json holds, from one pass over the records of the kept crops (prepare.convert).
 
-    grid: its name. datasets: by name, intensity percentiles, mean and standard deviation of the valid voxels, pooled
-    over its crops, and their number. classes: see `_occurrence`. supervised_pairs: known pairs of voxel and class, all
-    classes together. overlaps: by pair "a+b", voxels that two disjoint classes claim. contradictions: "crop: sentence".
+    grid: its name. datasets: by name, intensity ranges (`intensity.MEASURED`), mean and standard deviation of the valid
+    voxels, pooled over its crops, and their number. classes: see `_occurrence`. supervised_pairs: known pairs of voxel
+    and class, all classes together. overlaps: by pair "a+b", voxels that two disjoint classes claim. contradictions:
+    "crop: sentence".
     """
     histograms: defaultdict[str, np.ndarray] = defaultdict(lambda: np.zeros(LEVELS, np.int64))
     figures = {name: Counter[str]() for name in classes}
@@ -51,7 +49,7 @@ def _intensities(histogram: np.ndarray) -> dict[str, Any]:
     mean = float((histogram * intensities).sum() / voxels)
     variance = float((histogram * (intensities - mean) ** 2).sum() / voxels)
     return {
-        "percentiles": {f"{q:g}": percentile(histogram, q) for q in PERCENTILES},
+        "ranges": {name: list(intensity_range(histogram, name)) for name in MEASURED},
         "mean": round(mean, 4),
         "std": round(variance**0.5, 4),
         "voxels": voxels,

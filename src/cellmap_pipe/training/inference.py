@@ -11,7 +11,7 @@ from cellmap_pipe.files import file_digest
 from cellmap_pipe.training.checkpoint import read_model
 from cellmap_pipe.training.networks import SegmentationNetwork, build_network
 
-FORMAT = 1
+FORMAT = 2
 REMEDY = "train it again with `snakemake -R train` (see README: forcing a retraining)"
 
 
@@ -21,7 +21,7 @@ class Trained:
 
     network: in evaluation mode, maps float (B, 1, *patch) to logits (B, C, *patch). patch: (z, y, x) voxels.
     voxel_nm: of its grid (z, y, x), or "native". normalisation: (lo, hi) intensities by dataset (see intensity).
-    digest: SHA-256 of the file. contents: everything else that the file holds.
+    digest: SHA-256 of the file. contents: everything else that the file holds, `settings` of the training among it.
     """
 
     network: SegmentationNetwork
