@@ -21,7 +21,7 @@ from statistics import median
 
 import nibabel
 import numpy as np
-from scipy import ndimage
+from volumes import Pair, synthetic
 
 from cellmap_pipe.errors import CellmapError
 from cellmap_pipe.geometry import Lattice
@@ -40,33 +40,6 @@ REAL_CLASSES = ["pm", "mito", "cyto", "nuc"]
 
 # Ratio to nibabel's writer: most bytes, least throughput per CPU-second.
 TARGETS = {"bytes": 1.02, "throughput": 3.0}
-
-Pair = tuple[np.ndarray, np.ndarray]
-
-
-def smooth(rng: np.random.Generator, n: int, sigma: float) -> np.ndarray:
-    """Return noise of unit variance smoothed by `sigma` voxels, float32 (n, n, n)."""
-    volume = ndimage.gaussian_filter(rng.standard_normal((n, n, n), dtype=np.float32), sigma, mode="wrap")
-    return volume / volume.std()
-
-
-def synthetic(n: int, seed: int = 0) -> Pair:
-    """Return EM and labels of (n, n, n) voxels: cells with dark membranes, holding round organelles of two classes.
-
-    The image is texture, contrast of the objects, and noise of the detector; gzip makes it about 1.6 times smaller.
-    """
-    rng = np.random.default_rng(seed)
-    cells = np.stack([smooth(rng, n, 16) for _ in range(4)]).argmax(axis=0)
-    organelles = smooth(rng, n, 6)
-    label = np.where(organelles > 1.5, 3, np.where(organelles > 1.2, 2, 0)).astype(np.uint8)
-    walls = np.zeros(label.shape, bool)
-    for axis in range(3):
-        walls |= np.diff(cells, axis=axis, append=cells.take([-1], axis)) != 0
-    label[ndimage.binary_dilation(walls)] = 1
-    grey = np.array([150, 128, 122, 138], np.float32)[label]
-    grey = ndimage.gaussian_filter(grey, 1) + 4 * smooth(rng, n, 2)
-    grey += 2.5 * rng.standard_normal(label.shape, dtype=np.float32)
-    return np.clip(np.rint(grey), 0, 255).astype(np.uint8), label
 
 
 def real(root: Path) -> Iterator[tuple[str, Pair]]:

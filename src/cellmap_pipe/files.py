@@ -115,9 +115,10 @@ def check_file(contract: dict[str, Any], folder: str | os.PathLike[str], remedy:
     Raises ContractError naming the file, what differs and the `remedy`.
     """
     path = Path(folder) / contract["path"]
-    if not path.is_file():
-        raise ContractError(f"{path}: missing; {remedy}")
-    size = path.stat().st_size
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise ContractError(f"{path}: missing; {remedy}") from None
     if size != contract["size"]:
         raise ContractError(f"{path}: {size} bytes on disk, {contract['size']} expected; {remedy}")
     if full and file_digest(path) != contract["sha256"]:

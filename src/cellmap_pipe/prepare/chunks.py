@@ -2,18 +2,17 @@
 
 Arrays are (z, y, x). The image holds `context_nm` of EM round the label box, as far as the EM reaches; the label map is
 as large as the image and unknown (row 255) outside the label box. Everything is written slab by slab along z, so memory
-does not grow with the crop. `prepare.store` reads what this module writes.
+does not grow with the crop's depth. `prepare.store` reads what this module writes.
 """
 
 import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from glob import escape
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,18 +27,30 @@ from cellmap_pipe.files import (
     file_digest,
     read_json,
     remove_partials,
-    replacing,
     write_json,
     write_text,
 )
 from cellmap_pipe.geometry import Lattice
+from cellmap_pipe.machine import physical_memory
 from cellmap_pipe.prepare.convert import map_isolated
+from cellmap_pipe.prepare.crops import read_crops
 from cellmap_pipe.prepare.em import read_em
 from cellmap_pipe.prepare.labels import PRESENT, UNKNOWN
+from cellmap_pipe.prepare.layout import (
+    BLOCK,
+    BLOCKED,
+    MAPPED,
+    Volume,
+    full_disk_named,
+    open_volume,
+    write_array,
+    write_volume,
+)
+from cellmap_pipe.prepare.layout import REMEDY as CHUNK_REMEDY
 from cellmap_pipe.prepare.ngff import Image, chunk_files, read_image
 from cellmap_pipe.prepare.nifti import CONVERT_REMEDY, nifti_slabs, slab_ranges
 from cellmap_pipe.prepare.plan import grown_box
-from cellmap_pipe.prepare.quality import KEEP, read_verdicts
+from cellmap_pipe.prepare.quality import KEEP
 from cellmap_pipe.prepare.resample import lattice_weights
 from cellmap_pipe.prepare.state_table import UNKNOWN_ROW, decode_table
 from cellmap_pipe.prepare.store import FORMAT_VERSION, pack_index
@@ -55,7 +66,8 @@ ANY_KNOWN = -1
 EM_SLAB_VOXELS = 2**25
 LABEL_SLAB_VOXELS = 2**22
 
-CHUNK_REMEDY = "make it again with `snakemake -R chunk`"
+# The share of a machine's memory that a store may fill where nothing else is said.
+MEMORY_SHARE = 0.6
 
 Record = dict[str, Any]
 Array = npt.NDArray[Any]
@@ -63,7 +75,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class ChunkSettings:
-    """Where one grid's bulk files lie and how much EM goes round each label box."""
+    """Where one grid's bulk files lie, how much EM goes round each label box, and how voxels lie in the files."""
 
     data_root: Path
     nifti_dir: Path
@@ -71,6 +83,7 @@ class ChunkSettings:
     context_nm: float
     max_upsample: float
     revision: int = 0
+    layout: str = MAPPED
 
 
 def chunk_shard(
@@ -84,21 +97,26 @@ def chunk_shard(
     context_nm: float,
     max_upsample: float,
     workers: int,
+    memory_gb: float | None = None,
     revision: int = 0,
 ) -> None:
     """Write the store's files of the kept crops of one shard, then `out_json` with their records.
 
-    quality_csv: verdicts of the grid's crops. convert_json: the shard's converted crops. Files that were made of the
-    same input and `revision` are left as they are; those of crops that are no longer kept are deleted. A crop that
-    fails does not stop the others, but the job then ends with an error and without `out_json`: a crop that passed the
-    quality check must not get lost on the way.
+    quality_csv: verdicts of the grid's crops and their size. convert_json: the shard's converted crops. memory_gb: see
+    `choose_layout`. Files that were made of the same input and `revision` in the same layout are left as they are;
+    those of crops that are no longer kept are deleted. A crop that fails, be it for want of disk space, does not stop
+    the others, and what is finished stays, but the job then ends with an error and without `out_json`: a crop that
+    passed the quality check must not get lost on the way.
     Raises CellmapError naming the crop that failed, the reason and the remedy.
     """
-    settings = ChunkSettings(
-        Path(data_root), Path(nifti_dir), Path(store_dir), float(context_nm), float(max_upsample), revision
-    )
     converted = read_json(convert_json, CONVERT_REMEDY)
-    verdicts = read_verdicts(quality_csv)
+    rows = read_crops(str(quality_csv))
+    verdicts = {row["crop"]: row["verdict"] for row in rows}
+    megabytes = sum(float(row["train_mb"] or 0) for row in rows if row["verdict"] == KEEP)
+    layout = choose_layout(converted["grid"], megabytes / 1e3, memory_gb)
+    settings = ChunkSettings(
+        Path(data_root), Path(nifti_dir), Path(store_dir), float(context_nm), float(max_upsample), revision, layout
+    )
     kept = [record for record in converted["records"] if verdicts.get(record["crop"]) == KEEP]
     for record in converted["records"]:
         stem = store_stem(record["crop"])
@@ -109,6 +127,7 @@ def chunk_shard(
     write_json(
         out_json,
         {
+            "format_version": FORMAT_VERSION,
             "grid": converted["grid"],
             "voxel_nm": converted["voxel_nm"],
             "classes": converted["classes"],
@@ -118,6 +137,20 @@ def chunk_shard(
     )
 
 
+def choose_layout(grid: str, store_gb: float, memory_gb: float | None) -> str:
+    """Return the layout of a grid's store of `store_gb` (10^9 bytes): in blocks if it exceeds `memory_gb`.
+
+    memory_gb: None for MEMORY_SHARE of this machine's memory.
+    """
+    source = "chunks.memory_gb"
+    if memory_gb is None:
+        memory_gb = MEMORY_SHARE * physical_memory() / 1e9
+        source = f"{MEMORY_SHARE:.0%} of this machine's memory"
+    layout = BLOCKED if store_gb > memory_gb else MAPPED
+    logger.info("grid %s: %.3g GB of crops, %.3g GB may be filled (%s): %s", grid, store_gb, memory_gb, source, layout)
+    return layout
+
+
 def write_index(
     shard_jsons: Sequence[str | os.PathLike[str]],
     statistics_json: str | os.PathLike[str],
@@ -125,12 +158,14 @@ def write_index(
 ) -> None:
     """Write the index that opens a grid's store, and delete from the store what no shard lists any more.
 
-    statistics_json: of the same grid (prepare.statistics); its percentiles become the intensity range of each dataset.
+    statistics_json: of the same grid (prepare.statistics); the intensity ranges of its datasets go into the index.
     Raises DataError if no crop is left, ContractError if shards and statistics do not belong together.
     """
     shards = [read_json(path, CHUNK_REMEDY) for path in shard_jsons]
     first, out_json = shards[0], Path(out_json)
     for path, shard in zip(shard_jsons, shards, strict=True):
+        if shard.get("format_version") != FORMAT_VERSION:
+            raise ContractError(f"{path}: not of store format {FORMAT_VERSION}; {CHUNK_REMEDY}")
         for key in ("grid", "voxel_nm", "classes"):
             if shard[key] != first[key]:
                 raise ContractError(f"{path}: {key} {shard[key]} differs from {shard_jsons[0]}; {CHUNK_REMEDY}")
@@ -154,10 +189,7 @@ def write_index(
         "voxel_nm": first["voxel_nm"],
         "classes": first["classes"],
         "store_dir": os.path.relpath(store_dir, out_json.parent),
-        "normalisation": {
-            dataset: [entry["percentiles"]["0.5"], entry["percentiles"]["99.5"]]
-            for dataset, entry in statistics.items()
-        },
+        "ranges": {dataset: entry["ranges"] for dataset, entry in statistics.items()},
     }
     write_text(out_json, canonical_json(pack_index(index, records)) + "\n")
 
@@ -170,7 +202,8 @@ def store_stem(crop: str) -> str:
 def chunk_crop(record: Record, settings: ChunkSettings) -> Record:
     """Write the files of one converted crop, unless they are there already, and return the crop's record in the store.
 
-    Raises ContractError if its NIfTI is damaged, DataError or GeometryError if its EM cannot be read any more.
+    Raises ContractError if its NIfTI is damaged, DataError or GeometryError if its EM cannot be read any more,
+    CellmapError if the disk is full.
     """
     crop = record["crop"]
     sidecar = settings.store_dir / f"{store_stem(crop)}.json"
@@ -184,10 +217,11 @@ def chunk_crop(record: Record, settings: ChunkSettings) -> Record:
             "record": [record[key] for key in ("classes", "table", "lattice", "input_digest")],
             "lattice": lattice.to_dict(),
             "em": _em_identity(image, lattice) if image else None,
+            "layout": settings.layout,
         }
     )
-    known = _sidecar(sidecar, settings.store_dir)
-    if known and known["input_digest"] == input_digest:
+    known = _sidecar(sidecar, settings.store_dir, input_digest)
+    if known:
         logger.info("%s: the store holds it already", crop)
         return known
     sidecar.unlink(missing_ok=True)  # from here on it may not describe the files any more: their sizes stay the same
@@ -197,16 +231,18 @@ def chunk_crop(record: Record, settings: ChunkSettings) -> Record:
     }
     table = decode_table(record["table"], len(record["classes"]))
     paths = {kind: settings.store_dir / f"{store_stem(crop)}_{kind}.npy" for kind in ("image", "label", "positions")}
-    if image:
-        em_slabs = _em_slabs(image, lattice, settings.max_upsample)
-    else:
-        em_slabs = nifti_slabs(nifti["image"], box.shape)
-    _write_npy(paths["image"], np.dtype(np.uint8), lattice.shape, em_slabs)
-    label_slabs = _padded_slabs(nifti_slabs(nifti["label"], box.shape), lattice.shape, offset, box.shape)
-    _write_npy(paths["label"], np.dtype(record["label_dtype"]), lattice.shape, label_slabs)
-    label = np.load(paths["label"], mmap_mode="r")
-    with replacing(paths["positions"]) as unfinished:
-        np.save(unfinished, sample_positions(label, table, seed=int(digest(crop)[:16], 16)))
+    slabs = {
+        "image": _em_slabs(image, lattice, settings.max_upsample) if image else nifti_slabs(nifti["image"], box.shape),
+        "label": _padded_slabs(nifti_slabs(nifti["label"], box.shape), lattice.shape, offset, box.shape),
+    }
+    dtypes: dict[str, np.dtype[Any]] = {"image": np.dtype(np.uint8), "label": np.dtype(record["label_dtype"])}
+    content = {
+        kind: write_volume(settings.layout, paths[kind], dtypes[kind], lattice.shape, slabs[kind], fill=fill)
+        for kind, fill in (("image", 0), ("label", UNKNOWN_ROW))
+    }
+    label = open_volume(settings.layout, paths["label"], lattice.shape)
+    write_array(paths["positions"], sample_positions(label, table, seed=int(digest(crop)[:16], 16)))
+    files = {kind: describe_file(path, settings.store_dir) for kind, path in paths.items()}
     result = {
         "crop": crop,
         "dataset": record["dataset"],
@@ -218,16 +254,19 @@ def chunk_crop(record: Record, settings: ChunkSettings) -> Record:
         "counts": record["counts"],
         "annotated": record["annotated"],
         "has_positive": [name for name in record["classes"] if record["counts"][name]["present"]],
-        "files": {kind: describe_file(path, settings.store_dir) for kind, path in paths.items()},
+        "layout": settings.layout,
+        "files": files,
+        "content": {**content, "positions": files["positions"]["sha256"]},
         "input_digest": input_digest,
     }
-    write_json(sidecar, result)
+    with full_disk_named(sidecar, 0):
+        write_json(sidecar, result)
     logger.info("%s: written, %s voxels", crop, "x".join(map(str, lattice.shape)))
     return result
 
 
 def sample_positions(
-    label: Array,
+    label: Array | Volume,
     table: npt.NDArray[np.uint8],
     *,
     seed: int,
@@ -236,14 +275,14 @@ def sample_positions(
 ) -> npt.NDArray[np.int32]:
     """Return voxels drawn at random, without repetition, from each class and from the voxels with any class known.
 
-    label: label map (z, y, x), may be memory-mapped. table: its state table, uint8 (rows, classes). Result: int32
+    label: label map (z, y, x). table: its state table, uint8 (rows, classes). Result: int32
     (n, 4), sorted: class column (-1: any known), z, y, x; all voxels of a class that has no more than `per_class`.
     """
     rng = np.random.default_rng(seed)
     shape = label.shape
     in_row = np.zeros(len(table), np.int64)
-    for first, last in slab_ranges(shape, LABEL_SLAB_VOXELS):
-        in_row += np.bincount(label[first:last].ravel(), minlength=len(table))
+    for _, slab in _flat_slabs(label):
+        in_row += np.bincount(slab, minlength=len(table))
     members = [(ANY_KNOWN, (table != UNKNOWN).any(axis=1), known)]
     members += [(column, table[:, column] == PRESENT, per_class) for column in range(table.shape[1])]
     # a class's voxels are numbered row by row of the table, in each row by position: a draw is (class, row, number)
@@ -260,13 +299,12 @@ def sample_positions(
     column, row, number = np.concatenate(draws).T
     flat = np.zeros(len(column), np.int64)
     seen = np.zeros(len(table), np.int64)
-    for first, last in slab_ranges(shape, LABEL_SLAB_VOXELS):
-        slab = label[first:last].ravel()
+    for before, slab in _flat_slabs(label):
         by_row = np.argsort(slab, kind="stable")
         counts = np.bincount(slab, minlength=len(table))
         begins = np.cumsum(counts) - counts
         here = (number >= seen[row]) & (number < (seen + counts)[row])
-        flat[here] = by_row[(begins - seen)[row[here]] + number[here]] + first * shape[1] * shape[2]
+        flat[here] = by_row[(begins - seen)[row[here]] + number[here]] + before
         seen += counts
     order = np.lexsort((flat, column))
     return np.column_stack([column, *np.unravel_index(flat, shape)])[order].astype(np.int32)
@@ -318,40 +356,28 @@ def _unknown_planes(count: int, shape: Sequence[int], dtype: np.dtype[Any]) -> I
         yield np.full((last - first, *shape[1:]), UNKNOWN_ROW, dtype)
 
 
-def _write_npy(path: Path, dtype: np.dtype[Any], shape: Sequence[int], slabs: Iterator[Array]) -> None:
-    """Write slabs along z as one raw `.npy` array, atomically.
-
-    Written, not memory-mapped: a full disk is then an error to report, where a map would kill the process.
-    Raises ContractError if the slabs are not of `dtype` and do not add up to `shape`.
-    """
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": tuple(shape)}
-    planes = 0
-    with _npy_stream(path, header) as stream:
-        for slab in slabs:
-            if slab.dtype != dtype or slab.shape[1:] != tuple(shape[1:]):
-                raise ContractError(
-                    f"{path}: {slab.dtype} {slab.shape} for an array of {dtype} {tuple(shape)}; {CONVERT_REMEDY}"
-                )
-            stream.write(np.ascontiguousarray(slab).data)
-            planes += len(slab)
-        if planes != shape[0]:
-            raise ContractError(f"{path}: {planes} planes for an array of {tuple(shape)}; {CONVERT_REMEDY}")
+def _flat_slabs(volume: Array | Volume) -> Iterator[tuple[int, Array]]:
+    """Yield the voxels of a volume in C order, LABEL_SLAB_VOXELS at once: (number of the first one, voxels (n,))."""
+    shape = volume.shape
+    for top in range(0, shape[0], BLOCK):  # a layer of blocks: thinner ones would read each block several times
+        if isinstance(volume, np.ndarray):
+            planes = volume[top : top + BLOCK]
+        else:
+            planes = np.empty((min(BLOCK, shape[0] - top), *shape[1:]), volume.dtype)
+            volume.copy((top, 0, 0), planes)
+        for first, last in slab_ranges(planes.shape, LABEL_SLAB_VOXELS):
+            yield (top + first) * shape[1] * shape[2], planes[first:last].ravel()
 
 
-@contextmanager
-def _npy_stream(path: Path, header: dict[str, Any]) -> Iterator[BinaryIO]:
-    with replacing(path) as unfinished, open(unfinished, "wb") as stream:
-        np.lib.format.write_array_header_1_0(stream, header)
-        yield stream
-
-
-def _sidecar(path: Path, store_dir: Path) -> Record | None:
-    """Return the record of a crop that is in the store already, or None if it is not, or not completely."""
+def _sidecar(path: Path, store_dir: Path, input_digest: str) -> Record | None:
+    """Return the record of a crop that is in the store already, None if it is not: not completely, or other input."""
     try:
         record: Record = json.loads(path.read_text())
+        if record["input_digest"] != input_digest:
+            return None
         for contract in record["files"].values():
-            check_file(contract, store_dir, CHUNK_REMEDY)
-    except (OSError, ValueError, KeyError, ContractError):
+            check_file(contract, store_dir, CHUNK_REMEDY, full=True)  # `-R chunk` is the remedy for damaged files
+    except (OSError, ValueError, KeyError, TypeError, ContractError):
         return None
     return record
 

@@ -1,12 +1,15 @@
-"""The training store as its readers see it: one uint8 image and one label map per crop, memory-mapped from raw `.npy`.
+"""The training store as its readers see it: per crop one uint8 image, one label map, and voxel positions to draw from.
 
-Every process that maps a file shares one copy of it in the page cache, so any number of ranks and workers costs the
-memory of one. The index, `results/chunks/{grid}/index.json`, holds all that is needed to open the store; opening it
-looks at the sizes of the bulk files, never into them.
+The files are read through the page cache, of which there is one, so any number of ranks and workers costs the memory of
+one; `prepare.layout` says how voxels lie in them. The index, `results/chunks/{grid}/index.json`, holds all that is
+needed to open the store; opening it looks at the sizes of the bulk files, never into them.
 """
 
+import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,17 @@ import numpy.typing as npt
 
 from cellmap_pipe.errors import ContractError
 from cellmap_pipe.files import check_file, read_json
+from cellmap_pipe.geometry import Shape3, shape3
+from cellmap_pipe.intensity import Normalisation, intensity_range
+from cellmap_pipe.prepare.layout import MAPPED, REMEDY, Volume, map_array, open_volume
 from cellmap_pipe.prepare.state_table import decode_table
 
-FORMAT_VERSION = 1
-REMEDY = "make it again with `snakemake -R chunk`"
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
+
+# Files that `verify_store` reads at a time.
+VERIFY_THREADS = 4
 
 Record = dict[str, Any]
 
@@ -70,15 +80,22 @@ def unpack_index(packed: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, R
 class Store:
     """A training store opened for reading.
 
-    index_path: the store's `index.json`. classes, grid: what the reader expects, if it minds.
+    index_path: the store's `index.json`. classes, grid: what the reader expects, if it minds. damaged: receives the
+    crops of which a bulk file is missing or has another size, with what is wrong: they are not to be read then.
     Attributes: `grid`, `classes` (columns of the state tables), `voxel_nm` (z, y, x; `"native"` for the grid of the
-    crops' own voxels), `crops` (records by crop name, see prepare.chunks), `normalisation` ((lo, hi) by dataset).
+    crops' own voxels), `crops` (records by crop name, see prepare.chunks), `ranges` (measured intensity ranges by
+    dataset). Threads may share it; a pickled store carries no voxels.
     Raises ContractError naming file and difference if the index is missing, of another format, made for other classes
-    or another grid, or if a bulk file is missing or has another size.
+    or another grid, or, without `damaged`, if a bulk file is missing or has another size.
     """
 
     def __init__(
-        self, index_path: str | os.PathLike[str], *, classes: Sequence[str] | None = None, grid: str | None = None
+        self,
+        index_path: str | os.PathLike[str],
+        *,
+        classes: Sequence[str] | None = None,
+        grid: str | None = None,
+        damaged: dict[str, str] | None = None,
     ) -> None:
         self.path = Path(index_path)
         packed = _read_index(self.path)
@@ -86,56 +103,82 @@ class Store:
         self.grid: str = index["grid"]
         self.classes: list[str] = list(index["classes"])
         self.voxel_nm: Any = index["voxel_nm"] if isinstance(index["voxel_nm"], str) else tuple(index["voxel_nm"])
-        self.normalisation: dict[str, tuple[float, float]] = {
-            dataset: (float(lo), float(hi)) for dataset, (lo, hi) in index["normalisation"].items()
-        }
+        self.ranges: dict[str, dict[str, list[float]]] = index["ranges"]
         self.folder = self.path.parent / index["store_dir"]
         if grid is not None and grid != self.grid:
             raise ContractError(f"{self.path}: the store is on grid '{self.grid}', '{grid}' is asked for; {REMEDY}")
         if classes is not None:
             _compare_classes(self.path, self.classes, list(classes))
-        self._paths = {
-            crop: {kind: check_file(record["files"][kind], self.folder, REMEDY) for kind in record["files"]}
-            for crop, record in self.crops.items()
-        }
-        self._arrays: dict[tuple[str, str], npt.NDArray[Any]] = {}
+        for crop, record in self.crops.items():
+            faults = [fault for fault in (_fault(file, self.folder) for file in record["files"].values()) if fault]
+            if faults:
+                if damaged is None:
+                    raise ContractError(faults[0])
+                damaged[crop] = "; ".join(faults)
+        self._volumes: dict[tuple[str, str], Volume] = {}
+        self._positions: dict[str, npt.NDArray[np.int32]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # a memory map is pickled as the bytes it maps: a worker process maps the files itself instead
-        return {**self.__dict__, "_arrays": {}}
+        # a memory map is pickled as the bytes it maps: another process maps the files itself instead
+        return {**self.__dict__, "_volumes": {}, "_positions": {}}
 
-    def image(self, crop: str) -> npt.NDArray[np.uint8]:
-        """Return the crop's EM, uint8 (z, y, x) with its context, read-only and memory-mapped. Missing EM is 0."""
-        return self._open(crop, "image", mmap=True)
+    def shape(self, crop: str) -> Shape3:
+        """Return the shape (z, y, x) of the crop's image and label map, with the EM context; opens no file."""
+        return shape3(self._record(crop)["lattice"]["shape"])
 
-    def label(self, crop: str) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
-        """Return the crop's label map (z, y, x), rows of its state table, as large as the image, memory-mapped."""
-        return self._open(crop, "label", mmap=True)
+    def volume(self, crop: str, kind: str) -> Volume:
+        """Return the crop's EM (kind "image": uint8, missing EM is 0) or its label map ("label": uint8 or uint16).
+
+        The label map holds rows of the crop's state table and is as large as the image, 255 round the label box.
+        Raises ContractError if the crop is not in the store, or the file is no such volume.
+        """
+        key = (crop, kind)
+        if key not in self._volumes:
+            record = self._record(crop)
+            path = self.folder / record["files"][kind]["path"]
+            self._volumes[key] = open_volume(record["layout"], path, self.shape(crop))
+        return self._volumes[key]
 
     def positions(self, crop: str) -> npt.NDArray[np.int32]:
-        """Return sampled voxels, int32 (n, 4): class column (-1: any known voxel), z, y, x in the stored arrays."""
-        return self._open(crop, "positions", mmap=False)
+        """Return sampled voxels, int32 (n, 4): class column (-1: any known voxel), z, y, x in the stored arrays.
+
+        Sorted by class column, memory-mapped. Raises ContractError as `volume` does.
+        """
+        if crop not in self._positions:
+            self._positions[crop] = map_array(self.folder / self._record(crop)["files"]["positions"]["path"])
+        return self._positions[crop]
+
+    def mapped_bytes(self, crops: Iterable[str]) -> int:
+        """Return the size of those files of the crops that are memory-mapped: read best while all fit into memory."""
+        records = [self._record(crop) for crop in crops]
+        return sum(
+            file["size"] for record in records if record["layout"] == MAPPED for file in record["files"].values()
+        )
+
+    def read_through(self, crops: Iterable[str], threads: int) -> dict[str, str]:
+        """Read every bulk file of the crops once, from end to end; return what is wrong, by crop that is damaged.
+
+        Files that fit into memory lie in the page cache then. threads: how many are read at a time.
+        """
+        damaged: dict[str, str] = {}
+        for crop, fault in _read_through(self.folder, [self._record(crop) for crop in crops], threads):
+            damaged[crop] = f"{damaged[crop]}; {fault}" if crop in damaged else fault
+        return damaged
 
     def table(self, crop: str) -> npt.NDArray[np.uint8]:
         """Return the crop's state table, uint8 (rows >= 256, classes): absent 0, present 1, unknown 2."""
         return decode_table(self._record(crop)["table"], len(self.classes))
+
+    def intensity_range(self, dataset: str, normalisation: Normalisation) -> tuple[float, float]:
+        """Return the stored intensities of a dataset that become 0 and 1, see intensity.intensity_range."""
+        measured = self.ranges[dataset].get(normalisation) if isinstance(normalisation, str) else None
+        return (measured[0], measured[1]) if measured else intensity_range([], normalisation)
 
     def _record(self, crop: str) -> Record:
         try:
             return self.crops[crop]
         except KeyError:
             raise ContractError(f"{self.path}: crop '{crop}' is not in the store; {REMEDY}") from None
-
-    def _open(self, crop: str, kind: str, *, mmap: bool) -> npt.NDArray[Any]:
-        key = (crop, kind)
-        if key not in self._arrays:
-            self._record(crop)
-            path = self._paths[crop][kind]
-            try:
-                self._arrays[key] = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise ContractError(f"{path}: cannot be read ({error}); {REMEDY}") from error
-        return self._arrays[key]
 
 
 def verify_store(index_path: str | os.PathLike[str]) -> list[str]:
@@ -145,14 +188,32 @@ def verify_store(index_path: str | os.PathLike[str]) -> list[str]:
     """
     index, records = unpack_index(_read_index(Path(index_path)))
     folder = Path(index_path).parent / index["store_dir"]
-    problems = []
-    for record in records.values():
-        for contract in record["files"].values():
-            try:
-                check_file(contract, folder, REMEDY, full=True)
-            except ContractError as error:
-                problems.append(str(error))
-    return problems
+    return [fault for _, fault in _read_through(folder, list(records.values()), VERIFY_THREADS)]
+
+
+def _read_through(folder: Path, records: Sequence[Record], threads: int) -> Iterator[tuple[str, str]]:
+    """Read the bulk files of `records`, `threads` at a time; yield crop and fault of each that is damaged, in order."""
+    files = [(record["crop"], contract) for record in records for contract in record["files"].values()]
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        faults = pool.map(lambda file: _fault(file[1], folder, full=True), files)
+        yield from ((crop, fault) for (crop, _), fault in zip(files, faults, strict=True) if fault)
+    seconds = time.perf_counter() - begin
+    size = sum(contract["size"] for _, contract in files) / 1e9
+    logger.info(
+        "%s: %.3g GB of %d crops read in %.1f s, %.2f GB/s", folder, size, len(records), seconds, size / seconds
+    )
+
+
+def _fault(contract: dict[str, Any], folder: Path, *, full: bool = False) -> str:
+    """Return what is wrong with a bulk file, "" if nothing; its bytes are read only with `full`."""
+    try:
+        check_file(contract, folder, REMEDY, full=full)
+    except ContractError as error:
+        return str(error)
+    except OSError as error:
+        return f"{folder / contract['path']}: cannot be read ({error.strerror}); {REMEDY}"
+    return ""
 
 
 def _read_index(path: Path) -> dict[str, Any]:
