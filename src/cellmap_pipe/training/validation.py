@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cellmap_pipe.prepare.labels import UNKNOWN
 from cellmap_pipe.prepare.state_table import UNKNOWN_ROW
-from cellmap_pipe.training.augment import Expander
+from cellmap_pipe.training.expand import Expander
 from cellmap_pipe.training.sampling import Patches, Tile, tiles
 
 
