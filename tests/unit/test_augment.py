@@ -1,88 +1,179 @@
-"""Augmentation moves image and labels alike, keeps anisotropic axes, and repeats itself exactly."""
+"""What is drawn: allowed symmetries and turns, angles in nm, and as many numbers whatever is switched on."""
+
+import itertools
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cellmap_pipe.intensity import lookup_table
 from cellmap_pipe.training.augment import (
-    Expander,
+    Augmentation,
     Variation,
-    draw_variation,
+    affine_matrix,
     exchangeable_axes,
     permutations,
-    turned,
-    vary_intensity,
+    turnable_axes,
 )
-from cellmap_pipe.training.sampling import AUGMENTATION, generator
 
-torch.set_num_threads(1)
+ALL = {
+    "flips": True,
+    "rotations": True,
+    "affine": True,
+    "brightness": True,
+    "contrast": True,
+    "gamma": True,
+    "blur": True,
+    "low_resolution": True,
+    "noise": 0.1,
+}
+OFF = dict.fromkeys(ALL, False) | {"noise": 0.0}
+PATCH = (32, 32, 32)
+UNTOUCHED = Variation()
 
-ALL = {"flips": True, "rotations": True, "intensity": True, "noise": 0.1}
+
+def drawn(switches: dict, count: int, voxel_nm: tuple[float, ...] = (8, 8, 8)) -> list[Variation]:
+    augmentation = Augmentation(switches, PATCH, [voxel_nm])
+    numbers = np.random.default_rng(0).random((count, Augmentation.NUMBERS)).tolist()
+    return [augmentation.draw(row, 0, (5, 16, 20)) for row in numbers]
 
 
 def test_isotropic_cubes_have_all_symmetries() -> None:
-    orders = permutations(exchangeable_axes((8, 8, 8), (32, 32, 32)))
+    orders = permutations(exchangeable_axes((8, 8, 8), PATCH))
     assert len(set(orders)) == 6
     assert orders[0] == (0, 1, 2)
-    drawn = {
-        (variation.permutation, variation.flipped)
-        for variation in (draw_variation(generator(0, 0, i, AUGMENTATION), ALL, orders) for i in range(1000))
-    }
-    assert len(drawn) == 48
+    assert len({(variation.permutation, variation.flipped) for variation in drawn(ALL, 1000)}) == 48
 
 
-@pytest.mark.parametrize(
-    ("voxel_nm", "patch"), [((16, 8, 8), (32, 32, 32)), ((8, 8, 8), (16, 32, 32)), (None, (32, 32, 32))]
-)
-def test_anisotropic_voxels_or_patches_turn_in_the_plane_only(
-    voxel_nm: tuple[float, ...] | None, patch: tuple[int, ...]
+@pytest.mark.parametrize(("voxel_nm", "patch"), [((16, 8, 8), PATCH), ((8, 8, 8), (16, 32, 32))])
+def test_anisotropic_voxels_or_patches_exchange_the_axes_of_their_plane_only(
+    voxel_nm: tuple[float, ...], patch: tuple[int, ...]
 ) -> None:
     assert permutations(exchangeable_axes(voxel_nm, patch)) == [(0, 1, 2), (0, 2, 1)]
 
 
 def test_axes_that_all_differ_stay() -> None:
-    assert permutations(exchangeable_axes((30, 8, 4), (32, 32, 32))) == [(0, 1, 2)]
+    assert permutations(exchangeable_axes((30, 8, 4), PATCH)) == [(0, 1, 2)]
 
 
-def test_image_and_labels_move_alike() -> None:
-    coordinates = torch.from_numpy(np.indices((6, 6, 6)).astype(np.uint8))
-    code = coordinates[0] * 36 + coordinates[1] * 6 + coordinates[2]
-    orders = permutations([(0, 1), (1, 2)])
-    variations = [draw_variation(generator(0, 1, i, AUGMENTATION), ALL, orders) for i in range(8)]
-    moved = turned(code.expand(8, -1, -1, -1), variations)
-    axes = [turned(axis.expand(8, -1, -1, -1), variations) for axis in coordinates]
-    assert torch.equal(moved, axes[0] * 36 + axes[1] * 6 + axes[2])
-    for sample in moved:
-        assert torch.equal(sample.flatten().sort().values, code.flatten().sort().values)
+def test_each_crop_has_the_symmetries_of_its_own_voxels() -> None:
+    augmentation = Augmentation(ALL, PATCH, [(8, 8, 8), (16, 8, 8), (30, 8, 4)])
+    assert [len(orders) for orders in augmentation.orders] == [6, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("voxel_nm", "patch", "axes"),
+    [
+        ((8, 8, 8), PATCH, [0, 1, 2]),
+        ((24, 8, 8), PATCH, [0, 1, 2]),
+        ((24.1, 8, 8), PATCH, [1, 2]),
+        ((30, 8, 4), PATCH, [1, 2]),
+        ((8, 8, 8), (1, 32, 32), [1, 2]),
+        ((8, 30, 4), (1, 32, 32), [2]),
+    ],
+)
+def test_turns_by_any_angle_keep_to_the_fine_axes(
+    voxel_nm: tuple[float, ...], patch: tuple[int, ...], axes: list[int]
+) -> None:
+    assert turnable_axes(voxel_nm, patch) == axes
+    matrix = affine_matrix((0.3, 0.2, -0.4), 1.0, voxel_nm, patch)
+    mixed = np.eye(3) if matrix is None else np.asarray(matrix)
+    for a, b in itertools.permutations(range(3), 2):
+        assert (mixed[a, b] != 0) == (len(axes) > 1 and a in axes and b in axes)
+
+
+def test_an_affine_map_keeps_angles_and_ratios_in_nm() -> None:
+    voxel = np.array([20.0, 8.0, 10.0])
+    matrix = np.asarray(affine_matrix((0.3, 0.2, -0.4), 1.25, voxel, PATCH))
+    in_nm = np.diag(voxel) @ matrix @ np.diag(1 / voxel)
+    np.testing.assert_allclose(in_nm @ in_nm.T, 1.25**2 * np.eye(3), atol=1e-12)
+    assert np.linalg.det(in_nm) > 0
+
+
+def test_an_angle_about_an_axis_turns_the_other_two() -> None:
+    np.testing.assert_allclose(
+        affine_matrix((0, math.pi / 6, 0), 1.0, (8, 8, 8), PATCH),
+        [[math.cos(math.pi / 6), 0, -0.5], [0, 1, 0], [0.5, 0, math.cos(math.pi / 6)]],
+        atol=1e-15,
+    )
+
+
+def test_a_plane_is_neither_scaled_nor_turned_across() -> None:
+    assert affine_matrix((0, 0, 0), 1.3, (8, 8, 8), (1, 32, 32)) == ((1, 0, 0), (0, 1.3, 0), (0, 0, 1.3))
+    assert affine_matrix((0, 0.4, 0.4), 1.0, (8, 8, 8), (1, 32, 32)) is None
 
 
 def test_each_kind_can_be_switched_off() -> None:
-    orders = permutations([(0, 1), (1, 2)])
-    off = {"flips": False, "rotations": False, "intensity": False, "noise": 0.0}
-    for i in range(50):
-        variation = draw_variation(generator(0, 0, i, AUGMENTATION), off, orders)
-        assert variation == Variation(noise_seed=variation.noise_seed)
+    for variation in drawn(OFF, 50):
+        assert replace(variation, seed=0, anchor=(0, 0, 0)) == UNTOUCHED
+        assert variation.anchor == (5, 16, 20)
 
 
-def test_intensity_variation_is_that_of_its_parameters_and_repeats() -> None:
-    image = torch.rand(2, 1, 4, 4, 4)
-    variations = [Variation(gamma=2.0, contrast=0.5, brightness=1.2), Variation(noise=0.1, noise_seed=7)]
-    first = vary_intensity(image.clone(), variations)
-    squared = image[0] ** 2
-    torch.testing.assert_close(first[0], 1.2 * (0.5 * (squared - squared.mean()) + squared.mean()))
-    assert 0.05 < float((first[1] - image[1]).std()) < 0.15
-    assert torch.equal(first, vary_intensity(image.clone(), variations))
+@pytest.mark.parametrize("name", ALL)
+def test_switching_one_kind_off_leaves_the_others_as_they_were(name: str) -> None:
+    fields = {
+        "flips": {"flipped"},
+        "rotations": {"permutation"},
+        "low_resolution": {"zoom"},
+        "gamma": {"gamma", "inverted_gamma"},
+    }.get(name, {name})
+    if name in ("flips", "rotations"):
+        fields = fields | {"anchor"}
+    without = drawn(ALL | {name: OFF[name]}, 200)
+    for full, rest in zip(drawn(ALL, 200), without, strict=True):
+        assert replace(full, **{field: getattr(rest, field) for field in fields}) == rest
 
 
-def test_expansion_gives_what_prediction_feeds_and_the_states_of_the_table() -> None:
-    tables = np.full((2, 2, 256), 2, np.uint8)
-    tables[1, :, :3] = [[0, 1, 0], [0, 2, 1]]
-    expander = Expander(tables, [(0, 255), (40, 220)], torch.device("cpu"))
-    stored = torch.arange(64, dtype=torch.uint8).view(1, 4, 4, 4) * 4
-    np.testing.assert_array_equal(expander.image(stored, [1])[0, 0].numpy(), lookup_table(40, 220)[stored[0].numpy()])
-    label = torch.tensor([0, 1, 2, 255], dtype=torch.uint8).view(1, 1, 1, 4)
-    target, known = expander.states(label, [1])
-    assert target[0, :, 0, 0].tolist() == [[False, True, False, False], [False, False, True, False]]
-    assert known[0, :, 0, 0].tolist() == [[True, True, True, False], [True, False, True, False]]
-    assert not expander.states(label, [0])[1].any()
+def test_kinds_come_up_as_often_and_as_strong_as_stated() -> None:
+    variations = drawn(ALL, 20_000)
+    for field, probability, low, high in [
+        ("brightness", 0.15, 0.75, 1.25),
+        ("contrast", 0.15, 0.75, 1.25),
+        ("gamma", 0.3, 0.7, 1.5),
+        ("inverted_gamma", 0.1, 0.7, 1.5),
+        ("zoom", 0.25, 0.5, 1.0),
+        ("noise", 0.1, 0.0, 0.1),
+    ]:
+        values = np.array([getattr(variation, field) for variation in variations])
+        values = values[values != getattr(UNTOUCHED, field)]
+        assert abs(len(values) / len(variations) - probability) < 0.015
+        assert low <= values.min() < low + 0.01 * (high - low)
+        assert high - 0.01 * (high - low) < values.max() < high
+        assert abs(values.mean() - (low + high) / 2) < 0.02
+    blurred = np.array([variation.blur for variation in variations if variation.blur != UNTOUCHED.blur])
+    assert abs(len(blurred) / len(variations) - 0.2) < 0.015
+    assert blurred.min() >= 0.5
+    assert blurred.max() <= 1
+    matrices = np.array([variation.affine for variation in variations if variation.affine is not None])
+    assert abs(len(matrices) / len(variations) - 0.36) < 0.015
+    factors = np.cbrt(np.linalg.det(matrices))
+    assert abs((abs(factors - 1) > 1e-9).mean() - 0.2 / 0.36) < 0.02
+    assert 0.7 <= factors.min() < 0.71
+    assert 1.39 < factors.max() < 1.4
+    turned = matrices[np.abs(matrices[:, 0, 1]) > 0] / factors[np.abs(matrices[:, 0, 1]) > 0, None, None]
+    assert abs(len(turned) / len(matrices) - 0.2 / 0.36) < 0.02
+    about_y = np.arcsin(np.clip(turned[:, 0, 2], -1, 1))  # the middle one of three turns
+    assert np.degrees(np.abs(about_y)).max() == pytest.approx(30, abs=0.5)
+    assert len({variation.seed for variation in variations}) == len(variations)
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(
+    numbers=st.lists(st.floats(0, 1, exclude_max=True), min_size=Augmentation.NUMBERS, max_size=Augmentation.NUMBERS),
+    voxel=st.tuples(*[st.sampled_from((4.0, 8.0, 8.02, 30.0))] * 3),
+    patch=st.tuples(*[st.sampled_from((1, 8, 16))] * 3),
+    data=st.data(),
+)
+def test_every_draw_is_valid_and_its_anchor_inside(
+    numbers: list[float], voxel: tuple[float, ...], patch: tuple[int, ...], data: st.DataObject
+) -> None:
+    anchor = data.draw(st.tuples(*[st.integers(0, n - 1) for n in patch]))
+    variation = Augmentation(ALL, patch, [voxel]).draw(numbers, 0, anchor)
+    assert tuple(patch[axis] for axis in variation.permutation) == patch
+    assert all(0 <= place < n for place, n in zip(variation.anchor, patch, strict=True))
+    if variation.affine is not None:
+        for axis, n in enumerate(patch):
+            if n == 1:
+                assert variation.affine[axis] == tuple(float(axis == other) for other in range(3))

@@ -1,147 +1,189 @@
-"""From shipped bytes to a network's input and targets, batched on the training device, with random variation.
+"""What is drawn for each sample: the symmetry, affine map and change of intensities that its patch undergoes.
 
-Batches travel as uint8 EM and label maps. Symmetries act on both before anything else, so image and labels cannot part.
-Every parameter is drawn from the sample's own random stream.
+Kinds, probabilities and ranges are nnU-Net's default list (Isensee et al. 2021, supplement 4), with these differences:
+- Intensities lie in [0, 1] by the dataset's constants, the same in prediction; nnU-Net's are z-scores of a volume.
+  Gamma therefore acts on that range and not on the patch's own, keeps no mean and deviation, and what brightness lifts
+  above 1 is cut off, as normalisation cuts it.
+- Brightness, contrast and gamma come first instead of after noise and blur: they map one stored intensity to another,
+  so they act on the 256 entries of the normalisation's table instead of on millions of voxels. The order among them is
+  nnU-Net's. Interpolation and blur average intensities that are mapped already, a difference of second order in the
+  contrast between neighbours; noise keeps the strength it was drawn with.
+- Quarter turns join the mirroring, wherever voxels and patch allow them.
+- Angles are those of the specimen, in nm, and the fixed point is the voxel that the patch was drawn for, not the
+  patch's centre: a known voxel never leaves the patch.
+
+Here are only numbers; `training.transform` and `training.expand` carry them out on the training device.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from cellmap_pipe.geometry import Shape3
-from cellmap_pipe.intensity import lookup_table
-from cellmap_pipe.prepare.labels import PRESENT, UNKNOWN
+from cellmap_pipe.geometry import Shape3, Vec3, shape3, vec3
 
-# Probabilities and ranges follow nnU-Net's default list (Isensee et al. 2021, supplement 4), for intensities in 0..1.
-CONTRAST = (0.15, 0.75, 1.25)
+Matrix3 = tuple[Vec3, Vec3, Vec3]
+
+IDENTITY: Shape3 = (0, 1, 2)
+
+# probability, lowest and highest value
+ROTATION = (0.2, -math.pi / 6, math.pi / 6)
+SCALING = (0.2, 0.7, 1.4)
 BRIGHTNESS = (0.15, 0.75, 1.25)
+CONTRAST = (0.15, 0.75, 1.25)
+INVERTED_GAMMA = (0.1, 0.7, 1.5)
 GAMMA = (0.3, 0.7, 1.5)
+BLUR = (0.2, 0.5, 1.0)
+LOW_RESOLUTION = (0.25, 0.5, 1.0)
 NOISE_PROBABILITY = 0.1
+
+# Voxels whose longest edge exceeds the other two by more than this factor are turned in the plane of those only.
+ANISOTROPIC = 3.0
 
 
 @dataclass(frozen=True)
 class Variation:
-    """The augmentation of one sample: axes are permuted, then flipped; the rest acts on the normalised intensities."""
+    """The augmentation of one sample; the default leaves it as it is. Axes are (z, y, x).
 
-    permutation: Shape3 = (0, 1, 2)
-    flipped: tuple[int, ...] = ()
-    gamma: float = 1.0
-    contrast: float = 1.0
-    brightness: float = 1.0
-    noise: float = 0.0
-    noise_seed: int = 0
-
-
-def exchangeable_axes(voxel_nm: Sequence[float] | None, patch: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the pairs of axes that a quarter turn may exchange: equal in voxel size (to 1 %) and in patch size.
-
-    voxel_nm: (z, y, x); None if the crops' voxel sizes differ, when only y and x are taken as equal.
+    permutation, flipped: the axes are permuted, then flipped. affine: what then takes the offset of a voxel of the
+    patch from `anchor` to the offset of the place its content comes from, in voxels. brightness, contrast,
+    inverted_gamma and gamma act on normalised intensities, in this order. noise: standard deviation; seed: of the
+    noise. blur: standard deviations in voxels. zoom: the share of the voxels per axis that low resolution leaves.
     """
+
+    permutation: Shape3 = IDENTITY
+    flipped: tuple[int, ...] = ()
+    affine: Matrix3 | None = None
+    anchor: Shape3 = (0, 0, 0)
+    brightness: float = 1.0
+    contrast: float = 1.0
+    inverted_gamma: float = 1.0
+    gamma: float = 1.0
+    noise: float = 0.0
+    seed: int = 0
+    blur: Vec3 = (0.0, 0.0, 0.0)
+    zoom: float = 1.0
+
+
+class Augmentation:
+    """Draws the variations of samples.
+
+    settings: the `augment` section: flips, rotations, affine, brightness, contrast, gamma, blur, low_resolution (bool),
+    noise (largest standard deviation). patch: (z, y, x) voxels. voxels: each crop's voxel size (z, y, x) in nm.
+    """
+
+    NUMBERS = 18
+
+    def __init__(self, settings: Mapping[str, Any], patch: Sequence[int], voxels: Sequence[Sequence[float]]) -> None:
+        self.settings = settings
+        self.patch = shape3(patch)
+        self.voxels = [vec3(voxel_nm) for voxel_nm in voxels]
+        self.orders = [permutations(exchangeable_axes(voxel_nm, self.patch)) for voxel_nm in self.voxels]
+
+    def draw(self, numbers: Sequence[float], crop: int, anchor: Shape3) -> Variation:
+        """Return the variation of one sample.
+
+        numbers: NUMBERS uniform ones in [0, 1), each with a meaning of its own: switching one kind off leaves the
+        others as they were. anchor: the voxel of the patch that it was drawn for, which stays in view.
+        """
+        order, *flips, turn, turn_y, turn_x, scale = numbers[:8]
+        brightness, contrast, inverted, gamma, noise, seed, blur, blur_y, blur_x, zoom = numbers[8:]
+        on = self.settings
+        orders = self.orders[crop]
+        permutation = orders[int(order * len(orders))] if on["rotations"] else IDENTITY
+        flipped = tuple(axis for axis in range(3) if flips[axis] < 0.5) if on["flips"] else ()
+        affine = None
+        if on["affine"] and (turn < ROTATION[0] or scale < SCALING[0]):
+            angles = _spread(ROTATION, turn, turn_y, turn_x) or (0.0, 0.0, 0.0)
+            affine = affine_matrix(angles, _drawn(SCALING, scale, 1.0), self.voxels[crop], self.patch)
+        return Variation(
+            permutation=permutation,
+            flipped=flipped,
+            affine=affine,
+            anchor=self._turned(anchor, permutation, flipped),
+            brightness=_drawn(BRIGHTNESS, brightness, 1.0) if on["brightness"] else 1.0,
+            contrast=_drawn(CONTRAST, contrast, 1.0) if on["contrast"] else 1.0,
+            inverted_gamma=_drawn(INVERTED_GAMMA, inverted, 1.0) if on["gamma"] else 1.0,
+            gamma=_drawn(GAMMA, gamma, 1.0) if on["gamma"] else 1.0,
+            noise=_drawn((NOISE_PROBABILITY, 0.0, on["noise"]), noise, 0.0),
+            seed=int(seed * 2**53),
+            blur=(_spread(BLUR, blur, blur_y, blur_x) or (0.0, 0.0, 0.0)) if on["blur"] else (0.0, 0.0, 0.0),
+            zoom=_drawn(LOW_RESOLUTION, zoom, 1.0) if on["low_resolution"] else 1.0,
+        )
+
+    def _turned(self, voxel: Shape3, permutation: Shape3, flipped: Sequence[int]) -> Shape3:
+        moved = [voxel[axis] for axis in permutation]
+        return shape3([self.patch[i] - 1 - moved[i] if i in flipped else moved[i] for i in range(3)])
+
+
+def exchangeable_axes(voxel_nm: Sequence[float], patch: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the pairs of axes that a quarter turn may exchange: equal in voxel size (to 1 %) and in patch size."""
     pairs = [(0, 1), (0, 2), (1, 2)]
-    size = (2.0, 1.0, 1.0) if voxel_nm is None else tuple(voxel_nm)
-    return [(a, b) for a, b in pairs if patch[a] == patch[b] and abs(size[a] / size[b] - 1) < 0.01]
+    return [(a, b) for a, b in pairs if patch[a] == patch[b] and abs(voxel_nm[a] / voxel_nm[b] - 1) < 0.01]
 
 
 def permutations(pairs: Sequence[tuple[int, int]]) -> list[Shape3]:
     """Return the axis orders that exchanging `pairs` can reach, the identity first."""
-    found: list[Shape3] = [(0, 1, 2)]
+    found: list[Shape3] = [IDENTITY]
     for order in found:
         for a, b in pairs:
             swapped = list(order)
             swapped[a], swapped[b] = swapped[b], swapped[a]
-            candidate = (swapped[0], swapped[1], swapped[2])
+            candidate = shape3(swapped)
             if candidate not in found:
                 found.append(candidate)
     return found
 
 
-def draw_variation(random: np.random.Generator, settings: Mapping[str, Any], orders: Sequence[Shape3]) -> Variation:
-    """Return the augmentation of one sample.
+def turnable_axes(voxel_nm: Sequence[float], patch: Sequence[int]) -> list[int]:
+    """Return the axes in whose planes a patch may be turned by any angle.
 
-    settings: the `augment` section: flips, rotations, intensity (bool), noise (largest standard deviation).
-    orders: allowed axis orders. As many numbers are drawn whatever is switched on.
+    Not one along which the patch is one voxel, nor one along which voxels are far longer than along the others: a
+    slight turn would fill a plane from several, each interpolated over a distance in which the structures change.
     """
-    order = orders[int(random.integers(len(orders)))]
-    flips = random.random(3) < 0.5
-    gamma, contrast, brightness = (
-        float(random.uniform(low, high)) if random.random() < probability else 1.0
-        for probability, low, high in (GAMMA, CONTRAST, BRIGHTNESS)
-    )
-    noise = float(random.random()) if random.random() < NOISE_PROBABILITY else 0.0
-    noise_seed = int(random.integers(2**62))
-    intensity = settings["intensity"]
-    return Variation(
-        permutation=order if settings["rotations"] else (0, 1, 2),
-        flipped=tuple(int(axis) for axis in np.flatnonzero(flips)) if settings["flips"] else (),
-        gamma=gamma if intensity else 1.0,
-        contrast=contrast if intensity else 1.0,
-        brightness=brightness if intensity else 1.0,
-        noise=noise * settings["noise"],
-        noise_seed=noise_seed,
-    )
+    axes = [axis for axis in range(3) if patch[axis] > 1]
+    lengths = sorted(voxel_nm)
+    return [axis for axis in axes if not (voxel_nm[axis] == lengths[2] > ANISOTROPIC * lengths[1])]
 
 
-def turned(volumes: Tensor, variations: Sequence[Variation]) -> Tensor:
-    """Return the volumes (B, z, y, x) with each sample's symmetry of the cube applied."""
-    if all(v.permutation == (0, 1, 2) and not v.flipped for v in variations):
-        return volumes
-    return torch.stack(
-        [
-            volume.permute(variation.permutation).flip(variation.flipped)
-            for volume, variation in zip(volumes, variations, strict=True)
-        ]
-    )
+def affine_matrix(
+    angles: Sequence[float], factor: float, voxel_nm: Sequence[float], patch: Sequence[int]
+) -> Matrix3 | None:
+    """Return the matrix from offsets in the new patch to those in the old one, in voxels; None for the identity.
 
-
-def vary_intensity(image: Tensor, variations: Sequence[Variation]) -> Tensor:
-    """Return normalised images (B, 1, z, y, x) after each sample's gamma, contrast, brightness and noise, in place."""
-    for sample, variation in zip(image, variations, strict=True):
-        if variation.gamma != 1.0:
-            sample.clamp_(min=0).pow_(variation.gamma)
-        if variation.contrast != 1.0:
-            mean = sample.mean()
-            sample.sub_(mean).mul_(variation.contrast).add_(mean)
-        if variation.brightness != 1.0:
-            sample.mul_(variation.brightness)
-        if variation.noise > 0.0:
-            source = torch.Generator(sample.device).manual_seed(variation.noise_seed)
-            sample.add_(torch.randn(sample.shape, generator=source, device=sample.device), alpha=variation.noise)
-    return image
-
-
-class Expander:
-    """Turns uint8 EM and label maps on the device into the network's input, targets and known-masks.
-
-    tables: state tables, uint8 (crops, classes, rows). ranges: (lo, hi) intensity of each crop's dataset, (crops, 2).
+    angles: radians about z, y and x, in nm space; those that would turn an axis that is not turnable are left out.
+    factor: above 1 makes objects smaller; for all axes but those along which the patch is one voxel.
     """
+    turnable = turnable_axes(voxel_nm, patch)
+    rotation = np.eye(3)
+    for axis, angle in enumerate(angles):
+        a, b = (other for other in range(3) if other != axis)
+        if angle and a in turnable and b in turnable:
+            step = np.eye(3)
+            step[a, a] = step[b, b] = math.cos(angle)
+            step[b, a] = math.sin(angle)
+            step[a, b] = -step[b, a]
+            rotation = rotation @ step
+    size = np.asarray(voxel_nm, dtype=np.float64)
+    scale = np.array([factor if n > 1 else 1.0 for n in patch])
+    matrix = rotation / size[:, None] * (size * scale)
+    if np.array_equal(matrix, np.eye(3)):
+        return None
+    first, second, third = (vec3(row) for row in matrix.tolist())
+    return first, second, third
 
-    def __init__(
-        self, tables: npt.NDArray[np.uint8], ranges: Sequence[tuple[float, float]], device: torch.device
-    ) -> None:
-        self.tables = torch.from_numpy(tables).to(device)
-        lookups = np.stack([lookup_table(lo, hi) for lo, hi in ranges])
-        self.lookups = torch.from_numpy(lookups).to(device)
 
-    def image(self, stored: Tensor, crops: Sequence[int]) -> Tensor:
-        """Return float32 (B, 1, z, y, x) from uint8 (B, z, y, x) by the crops' normalisation."""
-        return torch.stack(
-            [
-                self.lookups[crop].index_select(0, volume.flatten().int()).view(1, *volume.shape)
-                for volume, crop in zip(stored, crops, strict=True)
-            ]
-        )
+def _drawn(kind: tuple[float, float, float], number: float, otherwise: float) -> float:
+    """Return a value of the kind's range if `number` is below its probability: what is below is uniform again."""
+    probability, low, high = kind
+    return low + (high - low) * number / probability if number < probability else otherwise
 
-    def states(self, label: Tensor, crops: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return target and known-mask, bool (B, C, z, y, x), from label maps (B, z, y, x)."""
-        states = torch.stack(
-            [
-                self.tables[crop].index_select(1, volume.flatten().int()).view(-1, *volume.shape)
-                for volume, crop in zip(label, crops, strict=True)
-            ]
-        )
-        return states == PRESENT, states != UNKNOWN
+
+def _spread(kind: tuple[float, float, float], first: float, second: float, third: float) -> Vec3 | None:
+    """Return a value per axis if `first` is below the kind's probability."""
+    probability, low, high = kind
+    if first >= probability:
+        return None
+    return vec3([low + (high - low) * number for number in (first / probability, second, third)])
