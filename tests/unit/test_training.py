@@ -215,6 +215,49 @@ def test_changed_settings_set_the_old_run_aside(root: Path) -> None:
     assert len(list(Path(again["run_dir"]).parent.glob("changed.stale-*/best.pt"))) == 2
 
 
+def damaged_case(root: Path, *, bit_of: str, length_of: str | None = None, **settings: Any) -> Request:
+    """Return a request whose store has a flipped bit in one file and, if asked, another file cut short."""
+    root.mkdir()
+    request = write_request(root, **settings)
+    flipped = root / "store" / bit_of
+    data = bytearray(flipped.read_bytes())
+    data[len(data) // 2] ^= 4
+    flipped.write_bytes(data)
+    if length_of:
+        os.truncate(root / "store" / length_of, 1000)
+    return request
+
+
+def test_damaged_files_stop_the_training_before_its_first_step(root: Path) -> None:
+    request = damaged_case(root / "flipped", bit_of="set-0_crop0_label.npy", length_of="set-0_crop2_image.npy")
+    assert finish(start(request)) == [1]
+    last = log(request).splitlines()[-1]
+    assert last.startswith("ERROR train model=tiny,fold=0: 2 of the fold's crops are damaged")
+    assert "set-0_crop0_label.npy: damaged" in last
+    assert "set-0_crop2_image.npy: 1000 bytes on disk" in last
+    assert "-R chunk" in last
+    assert "train.on_damage: skip" in last
+    assert "patches per step" not in log(request)
+    assert not list(Path(request["run_dir"]).glob("step*.pt"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_damaged_crops_can_be_left_out(root: Path, ranks: int) -> None:
+    request = damaged_case(root / f"skip{ranks}", bit_of="set-1_crop1_image.npy", on_damage="skip", max_steps=2)
+    processes = [start(request)] if ranks == 1 else start_ranks(request, ranks)
+    assert finish(*processes) == [0] * ranks, log(request)
+    assert "crop set-1/crop1 is left out" in log(request)
+    assert "1 training crops" in log(request)
+    assert read_json(request["outputs"]["metrics"])["skipped_crops"] == ["set-1/crop1"]
+
+
+def test_a_fold_without_an_undamaged_training_crop_is_an_error(root: Path) -> None:
+    files = {"bit_of": "set-1_crop1_image.npy", "length_of": "set-0_crop0_image.npy"}
+    request = damaged_case(root / "none", **files, on_damage="skip")
+    assert finish(start(request)) == [1]
+    assert "every training crop is damaged" in log(request).splitlines()[-1]
+
+
 def trainer(request: Request, process: Process) -> Training:
     """Return the training of a request, in this process."""
     store = Store(request["index"])
@@ -324,9 +367,11 @@ def test_fingerprint_depends_on_settings_and_the_crops_used(tmp_path: Path) -> N
     assert results.fingerprint({**SETTINGS, "checkpoint_minutes": 5}, store, used, shown) == first
     assert results.fingerprint({**SETTINGS, "lr": 1e-5}, store, used, shown) != first
     assert results.fingerprint(SETTINGS, store, [*used, "set-1/crop1"], shown) != first
-    store.crops["set-1/crop1"]["files"]["label"]["sha256"] = "0"
+    assert results.fingerprint({**SETTINGS, "on_damage": "skip"}, store, used, shown) == first
+    assert results.fingerprint({**SETTINGS, "normalisation": "uint8/255"}, store, used, shown) != first
+    store.crops["set-1/crop1"]["content"]["label"] = "0"
     assert results.fingerprint(SETTINGS, store, used, shown) == first
-    store.crops["set-0/crop0"]["files"]["label"]["sha256"] = "0"
+    store.crops["set-0/crop0"]["content"]["label"] = "0"
     assert results.fingerprint(SETTINGS, store, used, shown) != first
 
 

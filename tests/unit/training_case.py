@@ -14,6 +14,7 @@ import numpy as np
 from cellmap_pipe.files import canonical_json, describe_file, write_json, write_text
 from cellmap_pipe.prepare.chunks import sample_positions, store_stem
 from cellmap_pipe.prepare.labels import UNKNOWN
+from cellmap_pipe.prepare.layout import MAPPED, write_array, write_volume
 from cellmap_pipe.prepare.state_table import count_states, encode_table
 from cellmap_pipe.prepare.store import FORMAT_VERSION, pack_index
 
@@ -45,13 +46,21 @@ SETTINGS: dict[str, Any] = {
     "deep_supervision": [1, 0.5, 0.25],
     "ema": True,
     "mixup": {"probability": 0.3, "alpha": 0.4},
-    "augment": {"flips": True, "rotations": True, "intensity": True, "noise": 0.05},
+    "normalisation": "percentile",
+    "augment": {
+        **dict.fromkeys(
+            ("flips", "rotations", "affine", "brightness", "contrast", "gamma", "blur", "low_resolution"), True
+        ),
+        "noise": 0.05,
+    },
+    "class_power": -0.5,
     "centred_fraction": 0.5,
     "seed": 0,
     "amp": "bf16",
     "compile": False,
     "channels_last": False,
     "checkpoint_minutes": 0.0001,
+    "on_damage": "stop",
     "init_from": None,
 }
 
@@ -79,7 +88,7 @@ def crop_volume(shape: tuple[int, int, int], seed: int) -> tuple[np.ndarray, np.
     return image, label
 
 
-def write_store(root: Path, *, crops: int = 3) -> Path:
+def write_store(root: Path, *, crops: int = 3, layout: str = MAPPED) -> Path:
     """Write a store of `crops` crops of two datasets under `root` and return its index."""
     folder = root / "store"
     folder.mkdir(parents=True)
@@ -91,9 +100,12 @@ def write_store(root: Path, *, crops: int = 3) -> Path:
         label[:margin] = 255  # EM context
         crop = f"set-{number % 2}/crop{number}"
         paths = {kind: folder / f"{store_stem(crop)}_{kind}.npy" for kind in ("image", "label", "positions")}
-        np.save(paths["image"], image)
-        np.save(paths["label"], label)
-        np.save(paths["positions"], sample_positions(label, states, seed=number, per_class=200, known=400))
+        content = {
+            kind: write_volume(layout, paths[kind], volume.dtype, shape, [volume], block=16)
+            for kind, volume in (("image", image), ("label", label))
+        }
+        write_array(paths["positions"], sample_positions(label, states, seed=number, per_class=200, known=400))
+        files = {kind: describe_file(path, folder) for kind, path in paths.items()}
         records.append(
             {
                 "crop": crop,
@@ -105,7 +117,9 @@ def write_store(root: Path, *, crops: int = 3) -> Path:
                 "classes": CLASSES,
                 "counts": count_states(label[margin:], states, CLASSES),
                 "annotated": [name for name in CLASSES if not (number == 1 and name == "nuc")],
-                "files": {kind: describe_file(path, folder) for kind, path in paths.items()},
+                "layout": layout,
+                "files": files,
+                "content": {**content, "positions": files["positions"]["sha256"]},
                 "input_digest": str(number),
             }
         )
@@ -115,7 +129,10 @@ def write_store(root: Path, *, crops: int = 3) -> Path:
         "voxel_nm": [8, 8, 8],
         "classes": CLASSES,
         "store_dir": "store",
-        "normalisation": {"set-0": [40, 220], "set-1": [30, 230]},
+        "ranges": {
+            "set-0": {"percentile": [40, 220], "range": [0, 255]},
+            "set-1": {"percentile": [30, 230], "range": [0, 255]},
+        },
     }
     write_text(root / "index.json", canonical_json(pack_index(index, records)))
     return root / "index.json"

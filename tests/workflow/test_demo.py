@@ -226,3 +226,19 @@ def test_the_crops_can_be_exported_for_nnunet(demo):
     description = json.loads((folder / "dataset.json").read_text())
     assert len(list((folder / "labelsTr").glob("*.nii.gz"))) == description["numTraining"] >= 8
     assert max(description["labels"].values()) == description["labels"]["ignore"]
+
+
+def test_a_store_cut_into_blocks_holds_the_same_and_trains_nothing_again(demo, tmp_path):
+    folder = tmp_path / "demo"
+    shutil.copytree(demo, folder, symlinks=True)
+    cut = tmp_path / "cut.yaml"
+    cut.write_text("chunks: {memory_gb: 0.001}\n")
+    before = [path.stat().st_mtime_ns for path in sorted(folder.glob("runs/*/fold0/step*.pt"))]
+    said = snakemake(folder, "train_segresnet_ds", extra=cut)
+    assert "results/chunks/16nm/shard0.json" in said
+    records = json.loads((folder / "results/chunks/16nm/index.json").read_text())["crops"]
+    assert {record["layout"] for record in records} == {"blocked"}
+    assert [path.stat().st_mtime_ns for path in sorted(folder.glob("runs/*/fold0/step*.pt"))] == before
+    weights = "results/train/segresnet_ds/fold0/model.pt"
+    assert (folder / weights).read_bytes() == (demo / weights).read_bytes()
+    snakemake(folder, "verify", extra=cut)

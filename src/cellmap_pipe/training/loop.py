@@ -10,8 +10,8 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from cellmap_pipe.errors import TrainingError
 from cellmap_pipe.prepare.store import Store
 from cellmap_pipe.training import checkpoint
-from cellmap_pipe.training.augment import Expander, turned, vary_intensity
+from cellmap_pipe.training.expand import Expander
 from cellmap_pipe.training.inference import FORMAT
 from cellmap_pipe.training.loader import Batch, Loader
 from cellmap_pipe.training.losses import build_loss
@@ -38,6 +38,7 @@ from cellmap_pipe.training.networks import (
 from cellmap_pipe.training.optimisation import build_optimizer, learning_rate, update_average
 from cellmap_pipe.training.results import BEST
 from cellmap_pipe.training.sampling import Patches, Sampler, known_fraction
+from cellmap_pipe.training.transform import varied
 from cellmap_pipe.training.validation import Scores, Validation
 
 logger = logging.getLogger(__name__)
@@ -50,13 +51,14 @@ SPARSE_KNOWN_FRACTION = 0.25
 
 @dataclass(frozen=True)
 class Process:
-    """Where this process stands among those of the training, and when it is to stop."""
+    """Where this process stands among those of the training, when it is to stop, and its threads that copy patches."""
 
     rank: int
     world: int
     device: torch.device
     stop_requested: "StopRequest"
     deadline: float | None = None  # seconds of time.monotonic()
+    workers: int = 1
 
 
 @dataclass
@@ -82,6 +84,7 @@ class Progress:
     best_step: int = 0
     since_best: int = 0
     untrained: float | None = None
+    skipped: list[str] = field(default_factory=list)  # crops of the fold that were damaged, and left out
     history: list[dict[str, Any]] = field(default_factory=list)
     finished: bool = False
 
@@ -90,7 +93,8 @@ class Training:
     """One training, built from its settings and the store, fresh or as the last checkpoint left it.
 
     settings: the resolved `train` section with network, arguments, spatial_dims, classes, grid. training, validation:
-    crop names; an empty validation keeps the last weights. state: a checkpoint, or None.
+    crop names; an empty validation keeps the last weights. skipped: crops of the fold that are left out. state: a
+    checkpoint, or None.
     """
 
     def __init__(
@@ -103,6 +107,7 @@ class Training:
         fingerprint: str,
         process: Process,
         state: dict[str, Any] | None,
+        skipped: Iterable[str] = (),
     ) -> None:
         self.settings, self.store, self.run_dir, self.process = settings, store, run_dir, process
         self.fingerprint = fingerprint
@@ -110,8 +115,13 @@ class Training:
         classes, patch = settings["classes"], settings["patch"]
 
         patches = Patches(store, training, classes, patch)
-        self.sampler = Sampler(patches, seed=settings["seed"], centred_fraction=settings["centred_fraction"])
-        self.expander = _expander(patches, process.device)
+        self.sampler = Sampler(
+            patches,
+            seed=settings["seed"],
+            centred_fraction=settings["centred_fraction"],
+            class_power=settings["class_power"],
+        )
+        self.expander = self._expander(patches)
         self.datasets = set(patches.datasets)
         self.validation: Validation | None = None
         if validation:
@@ -119,7 +129,7 @@ class Training:
             self.datasets |= set(shown.datasets)
             self.validation = Validation(
                 shown,
-                _expander(shown, process.device),
+                self._expander(shown),
                 batch=settings["batch"],
                 device=process.device,
                 rank=process.rank,
@@ -147,10 +157,12 @@ class Training:
         self.progress = Progress()
         if state is not None:
             self._restore(state)
+        self.progress.skipped = sorted({*self.progress.skipped, *skipped})
         # what is validated and kept
         self.evaluated = self.network if self.average is None else self.average
         self.trained = self._distributed()
         self.parameters = parameter_count(self.network.parameters())
+        self._upload = torch.cuda.Stream() if process.device.type == "cuda" else None
         self._pending: list[Tensor] = []
         self._saved_at = time.monotonic()
 
@@ -169,6 +181,7 @@ class Training:
             first=progress.step,
             last=settings["max_steps"],
             pinned=process.device.type == "cuda",
+            workers=process.workers,
         )
         batches = iter(loader)
         tensorboard = (
@@ -215,20 +228,18 @@ class Training:
         torch.manual_seed((settings["seed"] * 1_000_003 + progress.step) * 1_009 + self.process.rank)
         turns = settings["accumulate"]
         total = torch.zeros((), device=self.process.device)
-        passes, totals = [], None
+        passes = []
         for _ in range(turns):
             began = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - began
-            # the loader takes its buffers back when it is asked for the next batch
-            passes.append(batch if turns == 1 else _copied(batch, self.process.device))
-        if turns > 1:
-            totals = self._totals(passes)
-        for turn, batch in enumerate(passes):
+            passes.append(self._shown(batch))
+        totals = self._totals(passes) if turns > 1 else None
+        for turn, shown in enumerate(passes):
             last = turn == turns - 1
             quiet = contextlib.nullcontext() if last or self.process.world == 1 else self.trained.no_sync()  # type: ignore[operator]
             with quiet:
-                loss = self._loss(batch, totals)
+                loss = self._loss(*shown, totals)
                 loss.backward()
             total += loss.detach()
         # without a limit gradients stay as they are and the norm tells whether they are finite
@@ -243,12 +254,30 @@ class Training:
         self._pending.append(total + 0.0 * norm)
         meter.add(time.perf_counter() - step_began, waited)
 
-    def _totals(self, passes: list[Batch]) -> Tensor:
+    def _shown(self, batch: Batch) -> tuple[Batch, Tensor, Tensor]:
+        """Return a batch with what the network is shown, float32 (B, 1, z, y, x), and the label maps, on the device."""
+        image, label = (self._uploaded(stored) for stored in (batch.image, batch.label))
+        image, label = varied(image, label, batch.crops, batch.variations, self.expander)
+        if self.settings["accumulate"] > 1:  # the step's next pass takes the same memory
+            image, label = image.clone(), label.clone()
+        return batch, image, label
+
+    def _uploaded(self, stored: Tensor) -> Tensor:
+        """Return a tensor of the loader's on the device; the loader may have its memory back then."""
+        if self._upload is None:
+            return stored
+        # on a stream of its own: waiting for the copy does not wait for the steps that are queued
+        with torch.cuda.stream(self._upload):
+            copied = stored.to(self.process.device, non_blocking=True)
+        self._upload.synchronize()
+        copied.record_stream(torch.cuda.current_stream())
+        return copied
+
+    def _totals(self, passes: list[tuple[Batch, Tensor, Tensor]]) -> Tensor:
         """Return the denominators of the loss of the passes' joint batch on all ranks: labels alone determine them."""
         parts = []
-        for batch in passes:
-            # as stored: no turn changes what a sample knows
-            target, known = self.expander.states(batch.label, batch.crops)
+        for batch, _, label in passes:
+            target, known = self.expander.states(label, batch.crops)
             parts.append(self.loss.totals(*self._answers(batch, target, known)))
         totals = torch.stack(parts).sum(0)
         if self.process.world > 1:
@@ -269,11 +298,7 @@ class Training:
             weight[row], weight[batch.size + number] = share, 1 - share
         return target[labels], known[labels], weight
 
-    def _loss(self, batch: Batch, totals: Tensor | None) -> Tensor:
-        device = self.process.device
-        image = turned(batch.image.to(device), batch.variations)
-        label = turned(batch.label.to(device), batch.variations)
-        image = vary_intensity(self.expander.image(image, batch.crops), batch.variations)
+    def _loss(self, batch: Batch, image: Tensor, label: Tensor, totals: Tensor | None) -> Tensor:
         target, known = self.expander.states(label, batch.crops)
         for row, partner, share in batch.mixed:
             image[row].mul_(share).add_(image[partner], alpha=1 - share)
@@ -283,6 +308,10 @@ class Training:
             rows = list(range(batch.size)) + [row for row, _, _ in batch.mixed]
             outputs = [output[rows] for output in outputs]
         return self.loss(outputs, *self._answers(batch, target, known), totals)
+
+    def _expander(self, patches: Patches) -> Expander:
+        ranges = [self.store.intensity_range(name, self.settings["normalisation"]) for name in patches.datasets]
+        return Expander(patches.tables, ranges, self.process.device)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.process.device.type, dtype=torch.bfloat16, enabled=self.bf16)
@@ -402,7 +431,8 @@ class Training:
                 "grid": settings["grid"],
                 "voxel_nm": self.store.voxel_nm if isinstance(self.store.voxel_nm, str) else list(self.store.voxel_nm),
                 "normalisation": {
-                    name: list(limits) for name, limits in self.store.normalisation.items() if name in self.datasets
+                    name: list(self.store.intensity_range(name, settings["normalisation"]))
+                    for name in sorted(self.datasets)
                 },
                 "patch": list(settings["patch"]),
                 "step": self.progress.step,
@@ -555,14 +585,6 @@ def begin_with(network: nn.Module, path: str) -> None:
     logger.info("%d of %d tensors begin as in %s", len(matched), len(own), path)
     if unmatched:
         logger.warning("not in %s, hence fresh: %s", path, ", ".join(unmatched))
-
-
-def _expander(patches: Patches, device: torch.device) -> Expander:
-    return Expander(patches.tables, [patches.store.normalisation[dataset] for dataset in patches.datasets], device)
-
-
-def _copied(batch: Batch, device: torch.device) -> Batch:
-    return replace(batch, image=batch.image.to(device, copy=True), label=batch.label.to(device, copy=True))
 
 
 def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from cellmap_pipe.errors import ConfigError, ContractError, TrainingError
 from cellmap_pipe.files import read_json, write_json
 from cellmap_pipe.log import FORMAT
+from cellmap_pipe.machine import memory_limit
 from cellmap_pipe.prepare.store import Store
 from cellmap_pipe.training import checkpoint, results
 from cellmap_pipe.training.loop import Process, StopRequest, Training
@@ -34,6 +35,9 @@ logger = logging.getLogger("cellmap_pipe.training.main")  # it runs as __main__
 # Time kept back from the walltime for the last checkpoint: this, but no more than a tenth of the walltime.
 STOP_SECONDS = 300.0
 
+# Threads of a rank that copy patches: two keep up with any network, reading ahead of a slow disk takes more.
+MOST_WORKERS = 4
+
 
 def run_training(request_path: str | Path) -> None:
     """Train what the request describes, or publish again what a finished run directory holds.
@@ -43,17 +47,19 @@ def run_training(request_path: str | Path) -> None:
     began = time.monotonic()
     request = read_json(request_path)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    torch.set_num_threads(int(request.get("threads", 1)))
+    threads = int(request.get("threads", 1))
+    torch.set_num_threads(threads)
     device = choose_device(request["device"], int(os.environ.get("LOCAL_RANK", "0")), world)
     stop = StopRequest()
     with _process_group(device, world), _stop_signals(stop):
-        _train(request, Process(rank, world, device, stop, _deadline(request, began)))
+        _train(request, Process(rank, world, device, stop, _deadline(request, began), min(threads, MOST_WORKERS)))
 
 
 def _train(request: Mapping[str, Any], process: Process) -> None:
     settings, run_dir = request["settings"], Path(request["run_dir"])
     training, validation = fold_crops(request["datalist"], request["fold"])
-    store = Store(request["index"], grid=settings["grid"])
+    damaged: dict[str, str] = {}
+    store = Store(request["index"], grid=settings["grid"], damaged=damaged)
     if missing := [crop for crop in training + validation if crop not in store.crops]:
         raise ContractError(f"{request['index']}: crop {missing[0]} is not in the store; run `snakemake -R chunk`")
     expected = results.fingerprint(settings, store, training, validation)
@@ -68,7 +74,9 @@ def _train(request: Mapping[str, Any], process: Process) -> None:
         _wait(process)
         state = checkpoint.latest(run_dir, clean=not process.rank)
         if state is None or not state["progress"]["finished"]:
-            trainer = Training(settings, store, training, validation, run_dir, expected, process, state)
+            damaged |= _read_through(store, [crop for crop in training + validation if crop not in damaged], process)
+            training, validation, skipped = _undamaged(training, validation, damaged, settings["on_damage"], process)
+            trainer = Training(settings, store, training, validation, run_dir, expected, process, state, skipped)
             del state  # its tensors are copied by now
             trainer.run()
             _wait(process)
@@ -95,6 +103,50 @@ def fold_crops(datalist: str | Path, fold: str) -> tuple[list[str], list[str]]:
     if both:
         raise TrainingError(f"{datalist}: crop {both[0]} is on both sides of fold {fold}; run `snakemake -R folds`")
     return training, validation
+
+
+def _read_through(store: Store, crops: list[str], process: Process) -> dict[str, str]:
+    """Read every byte of the crops once, each rank its share, and return the damaged ones, the same on all ranks.
+
+    The page cache then holds what fits into memory, and a damaged file is found before it is trained on.
+    """
+    needed, limit = store.mapped_bytes(crops) / 1e9, memory_limit() / 1e9
+    if needed > limit and not process.rank:
+        logger.warning(
+            "the fold's crops take %.1f GB and this job may use %.1f GB, so patches come from the disk: ask for more "
+            "memory (resources.train.mem_mb), or set chunks.memory_gb to %.0f, which cuts the store into blocks",
+            *(needed, limit, 0.6 * limit),
+        )
+    found = store.read_through(crops[process.rank :: process.world], process.workers)
+    if process.world > 1:
+        parts: list[dict[str, str]] = [{} for _ in range(process.world)]
+        dist.all_gather_object(parts, found)
+        found = {crop: fault for part in parts for crop, fault in part.items()}
+    return found
+
+
+def _undamaged(
+    training: list[str], validation: list[str], damaged: Mapping[str, str], on_damage: str, process: Process
+) -> tuple[list[str], list[str], list[str]]:
+    """Return the training and the validation crops without the damaged ones, and those that are left out.
+
+    Raises ContractError naming the faults if `on_damage` is "stop", TrainingError if nothing is left to train on.
+    """
+    faults = {crop: damaged[crop] for crop in training + validation if crop in damaged}
+    if not faults:
+        return training, validation, []
+    if on_damage == "stop":
+        raise ContractError(
+            f"{len(faults)} of the fold's crops are damaged in the training store: {'; '.join(faults.values())}. "
+            "train.on_damage: skip trains without them"
+        )
+    if not process.rank:
+        for crop, fault in faults.items():
+            logger.warning("crop %s is left out, train.on_damage is skip: %s", crop, fault)
+    sides = [[crop for crop in side if crop not in faults] for side in (training, validation)]
+    if not sides[0]:
+        raise TrainingError(f"every training crop is damaged in the store; the first: {next(iter(faults.values()))}")
+    return sides[0], sides[1], sorted(faults)
 
 
 def choose_device(asked: str, local_rank: int, processes: int) -> torch.device:

@@ -14,8 +14,8 @@ from cellmap_pipe.files import digest, file_digest, read_json, replacing, write_
 from cellmap_pipe.prepare.store import Store
 from cellmap_pipe.training import checkpoint
 
-# Settings that say when something is kept, not what comes out.
-INERT_SETTINGS = ("checkpoint_minutes",)
+# Settings that say when something is kept, or what becomes of a fault, not what comes out.
+INERT_SETTINGS = ("checkpoint_minutes", "on_damage")
 
 FINGERPRINT = "fingerprint.json"
 BEST = "best.pt"
@@ -24,15 +24,17 @@ BEST = "best.pt"
 def fingerprint(settings: Mapping[str, Any], store: Store, training: Sequence[str], validation: Sequence[str]) -> str:
     """Return the hash of what determines a training's result: settings, the fold's crops, the code's version.
 
-    Crops count by the digests of their files, so that one added crop changes only the trainings that use it.
+    Crops count by the digests of their voxels, so that one added crop changes only the trainings that use it, and how
+    the voxels lie on disk changes none.
     """
     crops = {
         side: {
             name: {
-                "files": {kind: contract["sha256"] for kind, contract in store.crops[name]["files"].items()},
+                "content": store.crops[name]["content"],
+                "shape": list(store.shape(name)),
                 "table": store.crops[name]["table"],
                 "label_box": [list(store.crops[name][key]) for key in ("label_offset", "label_shape")],
-                "range": list(store.normalisation[store.crops[name]["dataset"]]),
+                "range": list(store.intensity_range(store.crops[name]["dataset"], settings["normalisation"])),
             }
             for name in names
         }
@@ -102,6 +104,7 @@ def publish(run_dir: Path, state: Mapping[str, Any], outputs: Mapping[str, str],
             "best_mean_dice": validation["mean_dice"],
             "dice": validation["dice"],
             "untrained_mean_dice": state["progress"]["untrained"],
+            "skipped_crops": state["progress"]["skipped"],
             "classes": contents["classes"],
             "grid": contents["grid"],
             "patch": contents["patch"],
