@@ -36,7 +36,7 @@ REMEDY = "make it again with `snakemake -R chunk`"
 _INPUT_REMEDY = "make its input again with `snakemake -R convert`"
 
 # Bytes of one hint to read ahead: the kernel cuts off what is longer than the largest request to the disk.
-_HINT_BYTES = 2**18
+_HINT_BYTES = 2**20
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

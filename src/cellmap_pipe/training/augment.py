@@ -20,13 +20,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from cellmap_pipe.geometry import Shape3, Vec3, shape3, vec3
 
 Matrix3 = tuple[Vec3, Vec3, Vec3]
 
 IDENTITY: Shape3 = (0, 1, 2)
+IDENTITY_MATRIX: Matrix3 = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+
+# The axes that a turn about z, y or x mixes.
+PLANES = ((1, 2), (0, 2), (0, 1))
 
 # probability, lowest and highest value
 ROTATION = (0.2, -math.pi / 6, math.pi / 6)
@@ -156,23 +158,22 @@ def affine_matrix(
     angles: radians about z, y and x, in nm space; those that would turn an axis that is not turnable are left out.
     factor: above 1 makes objects smaller; for all axes but those along which the patch is one voxel.
     """
-    turnable = turnable_axes(voxel_nm, patch)
-    rotation = np.eye(3)
-    for axis, angle in enumerate(angles):
-        a, b = (other for other in range(3) if other != axis)
-        if angle and a in turnable and b in turnable:
-            step = np.eye(3)
-            step[a, a] = step[b, b] = math.cos(angle)
-            step[b, a] = math.sin(angle)
-            step[a, b] = -step[b, a]
-            rotation = rotation @ step
-    size = np.asarray(voxel_nm, dtype=np.float64)
-    scale = np.array([factor if n > 1 else 1.0 for n in patch])
-    matrix = rotation / size[:, None] * (size * scale)
-    if np.array_equal(matrix, np.eye(3)):
-        return None
-    first, second, third = (vec3(row) for row in matrix.tolist())
-    return first, second, third
+    rows = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    if any(angles):
+        turnable = turnable_axes(voxel_nm, patch)
+        for (a, b), angle in zip(PLANES, angles, strict=True):
+            if a in turnable and b in turnable:
+                cosine, sine = math.cos(angle), math.sin(angle)
+                for row in rows:
+                    row[a], row[b] = cosine * row[a] + sine * row[b], cosine * row[b] - sine * row[a]
+    scaled = [size * (factor if n > 1 else 1.0) for size, n in zip(voxel_nm, patch, strict=True)]
+    # plain arithmetic: numpy takes several times as long for so few numbers, and the loader waits for it
+    first, second, third = (
+        vec3([value * after / size for value, after in zip(row, scaled, strict=True)])
+        for row, size in zip(rows, voxel_nm, strict=True)
+    )
+    matrix = (first, second, third)
+    return None if matrix == IDENTITY_MATRIX else matrix
 
 
 def _drawn(kind: tuple[float, float, float], number: float, otherwise: float) -> float:
