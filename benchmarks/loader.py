@@ -49,13 +49,16 @@ from monai.transforms import (
 )
 from volumes import ATOMS, MANY, Pair, crop_pair, open_loader, shifted, write_store
 
+from cellmap_pipe.training.loader import AHEAD
+
 logger = logging.getLogger("loader")
 
 PATCH = 128
 TURNS = 5  # of our ways and the copies in a round: they take turns as fast as the machine's other work changes
 SAMPLES = 4  # patches per item of MONAI's datasets
 KEYS = ("image", "label")
-OURS = "loader, 2 workers"
+WORKERS = 2
+OURS = f"loader, {WORKERS} workers"
 COPIED = "MONAI cache, 14 channels, copied"
 
 FIRST_BATCH_SECONDS = 2.0
@@ -187,7 +190,7 @@ def blosc2_way(folder: Path, image: np.ndarray, label: np.ndarray) -> Way:
 
 def our_ways(index: Path, patches: int) -> dict[str, Way]:
     """Return the project's ways on a store, and copies of as many bytes: of the same boxes, and in one piece."""
-    threaded = open_loader(index, PATCH, workers=2)
+    threaded = open_loader(index, PATCH, workers=WORKERS)
     batches = iter(threaded)
     size = threaded.settings["batch"]
     single = open_loader(index, PATCH, workers=0)
@@ -206,6 +209,8 @@ def our_ways(index: Path, patches: int) -> dict[str, Way]:
     def deliver() -> None:
         for _ in range(patches // size):
             next(batches)
+        while len(threaded._ready) < WORKERS + AHEAD:  # what was ready at the beginning is to be so at the end
+            time.sleep(0.001)
 
     def fill() -> None:
         for _ in range(patches // size):
@@ -242,7 +247,7 @@ def first_batch(folder: Path) -> float:
     """Return the seconds from opening a store of 289 crops to the first batch, by the wall clock."""
     index = write_store(folder, MANY, small_pairs(64, 17), copies=17)
     begin = time.perf_counter()
-    loader = open_loader(index, PATCH, workers=2)
+    loader = open_loader(index, PATCH, workers=WORKERS)
     next(iter(loader))
     seconds = time.perf_counter() - begin
     loader.close()

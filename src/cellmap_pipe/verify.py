@@ -1,23 +1,17 @@
 """Whether the bulk files are still what the results say of them."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cellmap_pipe.errors import ContractError
 from cellmap_pipe.fetch import fetch_digest, verify_fetch
-from cellmap_pipe.files import check_file, read_json
-from cellmap_pipe.prepare.store import verify_store
+from cellmap_pipe.files import read_json
+from cellmap_pipe.prepare.store import fault_of_file, verify_store
 
 logger = logging.getLogger(__name__)
-
-# Where each stage lists the arrays that it wrote, relative to the results.
-_VOLUME_LISTS = {
-    "predict": "predict/*/fold*/*/shard*.json",
-    "ensemble": "ensemble/*/fold*.json",
-    "segment": "segment/*/fold*/*.json",
-}
 
 
 def verify_results(results: str | Path, data_root: str | Path | None = None) -> int:
@@ -30,18 +24,12 @@ def verify_results(results: str | Path, data_root: str | Path | None = None) -> 
     results = Path(results)
     faults: list[str] = []
     checked = 0
-    for shard in sorted(results.glob("convert/*/shard*.json")):
-        faults += _faults_of_conversion(shard, results / "nifti" / shard.parent.name)
-        checked += 1
-    for index in sorted(results.glob("nnunet/*.json")):
-        faults += _faults_of_export(index)
-        checked += 1
-    for index in sorted(results.glob("chunks/*/index.json")):
-        faults += verify_store(index)
-        checked += 1
-    for stage, pattern in _VOLUME_LISTS.items():
+    for pattern, faults_of in _CHECKS.items():
         for path in sorted(results.glob(pattern)):
-            faults += _missing_arrays(path, f"run `snakemake -R {stage}`")
+            try:
+                faults += faults_of(path)
+            except ContractError as error:  # the contract itself cannot be used; the others can
+                faults.append(str(error))
             checked += 1
     if data_root is not None and fetch_digest(data_root):
         faults += [f"data.root {data_root}: {line}; run `snakemake fetch -R fetch`" for line in verify_fetch(data_root)]
@@ -54,9 +42,10 @@ def verify_results(results: str | Path, data_root: str | Path | None = None) -> 
     return checked
 
 
-def _faults_of_conversion(shard: Path, nifti_dir: Path) -> list[str]:
+def _faults_of_conversion(shard: Path) -> list[str]:
     remedy = "run `snakemake -R convert`"
     records = read_json(shard, remedy)["records"]
+    nifti_dir = shard.parents[2] / "nifti" / shard.parent.name
     return _faults((file for record in records for file in record.get("files", {}).values()), nifti_dir, remedy)
 
 
@@ -68,13 +57,7 @@ def _faults_of_export(index: Path) -> list[str]:
 
 
 def _faults(contracts: Iterable[dict[str, Any]], folder: Path, remedy: str) -> list[str]:
-    faults = []
-    for contract in contracts:
-        try:
-            check_file(contract, folder, remedy, full=True)
-        except ContractError as error:
-            faults.append(str(error))
-    return faults
+    return [fault for contract in contracts if (fault := fault_of_file(contract, folder, remedy, full=True))]
 
 
 def _missing_arrays(path: Path, remedy: str) -> list[str]:
@@ -83,3 +66,14 @@ def _missing_arrays(path: Path, remedy: str) -> list[str]:
         for record in read_json(path, remedy)["records"]
         if record["status"] == "ok" and not (path.parent / record["path"]).exists()
     ]
+
+
+# Where the contracts of each stage lie, relative to the results, and what finds their faults.
+_CHECKS: dict[str, Callable[[Path], list[str]]] = {
+    "convert/*/shard*.json": _faults_of_conversion,
+    "nnunet/*.json": _faults_of_export,
+    "chunks/*/index.json": verify_store,
+    "predict/*/fold*/*/shard*.json": partial(_missing_arrays, remedy="run `snakemake -R predict`"),
+    "ensemble/*/fold*.json": partial(_missing_arrays, remedy="run `snakemake -R ensemble`"),
+    "segment/*/fold*/*.json": partial(_missing_arrays, remedy="run `snakemake -R segment`"),
+}

@@ -5,6 +5,7 @@ import json
 import logging
 import resource
 import shutil
+import tracemalloc
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -353,7 +354,7 @@ def test_other_em_in_the_context_is_noticed(run):
     assert run.chunk()["records"][0]["input_digest"] != before
 
 
-def test_a_run_that_was_killed_half_way_leaves_no_record_of_the_files_that_were_there(run, monkeypatch):
+def test_files_that_a_killed_run_left_beside_an_older_record_are_made_again(run, monkeypatch):
     """The arrays of a crop are of the same size whatever they hold."""
     run.chunk()
     files = {path.name: path.read_bytes() for path in run.store.iterdir()}
@@ -469,11 +470,27 @@ def test_positions_are_distinct_voxels_of_their_class(label, per_class, known):
 
 def test_positions_of_a_stored_volume_are_those_of_the_array(tmp_path):
     label = np.random.default_rng(0).choice(np.array([0, 1, 2, 255], np.uint8), (70, 9, 8))
+    every = sample_positions(label, TABLE, seed=3, per_class=label.size, known=label.size)
+    np.testing.assert_array_equal(every[every[:, 0] == 0, 1:], np.argwhere(label == 1))
     expected = sample_positions(label, TABLE, seed=3, per_class=50, known=90)
     for layout in (MAPPED, BLOCKED):
         write_volume(layout, tmp_path / "label.npy", label.dtype, label.shape, [label], block=5)
         stored = open_volume(layout, tmp_path / "label.npy", label.shape)
         np.testing.assert_array_equal(sample_positions(stored, TABLE, seed=3, per_class=50, known=90), expected)
+
+
+def test_positions_are_drawn_with_one_layer_of_blocks_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(chunks, "LABEL_SLAB_VOXELS", 320 * 320)
+    shape, layer = (192, 320, 320), 64 * 320 * 320
+    slabs = (np.ones((16, 320, 320), np.uint8) for _ in range(12))
+    write_volume(BLOCKED, tmp_path / "label.npy", np.dtype(np.uint8), shape, slabs)
+    stored = open_volume(BLOCKED, tmp_path / "label.npy", shape)
+    tracemalloc.start()
+    try:
+        assert len(sample_positions(stored, TABLE, seed=0, per_class=9, known=9)) == 18
+        assert tracemalloc.get_traced_memory()[1] < 1.8 * layer
+    finally:
+        tracemalloc.stop()
 
 
 def test_positions_are_drawn_evenly_over_the_voxels_of_a_class():

@@ -84,6 +84,8 @@ def test_memory_is_reused_for_batches_of_other_sizes() -> None:
     assert first.data_ptr() == second.data_ptr()
     assert second.shape == (1, 3, 4, 8, 8)
     np.testing.assert_array_equal(second.numpy(), looked_up(tables, EVERY, [1])[0])
+    more = EVERY.repeat(3, 1, 1, 1)
+    np.testing.assert_array_equal(expander.states(more, [0, 1, 0])[0].numpy(), looked_up(tables, more, [0, 1, 0])[0])
 
 
 @pytest.mark.parametrize(
@@ -105,6 +107,14 @@ def test_intensities_are_varied_as_if_voxel_by_voxel(variation: Variation, wante
     np.testing.assert_allclose(found, wanted(plain), atol=1e-6)
     assert found.min() >= 0
     assert found.max() <= 1
+
+
+@pytest.mark.parametrize("value", [0, 40, 130, 255])
+def test_constant_patches_stay_constant_and_within_the_range(value: int) -> None:
+    stored = torch.full((1, 2, 3, 4), value, dtype=torch.uint8)
+    strong = Variation(brightness=1.25, contrast=1.25, inverted_gamma=0.7, gamma=0.7)
+    found = Expander(no_tables(), [(40, 220)] * 2, CPU).image(stored, [0], [strong])
+    assert 0 <= found.min() == found.max() <= 1
 
 
 def test_geometry_and_noise_are_not_of_an_image_alone() -> None:

@@ -2,11 +2,11 @@
 
 import hashlib
 import os
-import pickle
+import re
 import resource
 import weakref
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from itertools import pairwise
+from itertools import chain, pairwise
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellmap_pipe.errors import CellmapError, ContractError
+from cellmap_pipe.prepare import layout
 from cellmap_pipe.prepare.layout import BLOCKED, MAPPED, map_array, open_volume, write_array, write_volume
 
 LAYOUTS = [MAPPED, BLOCKED]
@@ -139,17 +140,6 @@ def test_threads_that_copy_at_once_do_not_disturb_each_other(stored):
         np.testing.assert_array_equal(box, array[z : z + 5, y : y + 5, x : x + 5])
 
 
-def test_pickled_volume_carries_no_voxels(tmp_path):
-    array = voxels((40, 40, 40))
-    for kind in LAYOUTS:
-        write(kind, tmp_path / "a.npy", array)
-        sent = pickle.dumps(open_volume(kind, tmp_path / "a.npy", array.shape))
-        assert len(sent) < 1000
-        out = np.empty_like(array)
-        pickle.loads(sent).copy((0, 0, 0), out)
-        np.testing.assert_array_equal(out, array)
-
-
 def test_open_volumes_hold_no_file_descriptors(tmp_path):
     array = voxels((5, 5, 5))
     for kind in LAYOUTS:
@@ -208,6 +198,21 @@ def test_file_of_another_shape_or_no_file_of_voxels_is_named(tmp_path, kind):
         open_volume(kind, path, (6, 5, 4))
 
 
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_damaged_header_is_named_or_makes_no_difference(tmp_path, kind):
+    path, array, out = tmp_path / "a.npy", voxels((6, 5, 4)), np.empty((6, 5, 4), np.uint8)
+    write(kind, path, array)
+    content = path.read_bytes()
+    for position in range(128):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 1 << position % 7]) + content[position + 1 :])
+        try:
+            open_volume(kind, path, array.shape).copy((0, 0, 0), out)
+        except ContractError as error:
+            assert re.search(r"a\.npy: .*-R chunk", str(error))
+        else:
+            np.testing.assert_array_equal(out, array)
+
+
 def test_unknown_layout_is_named(tmp_path):
     with pytest.raises(ContractError, match=r"a\.npy: layout 'tiled', this version reads mapped and blocked"):
         open_volume("tiled", tmp_path / "a.npy", (1, 1, 1))
@@ -244,6 +249,29 @@ def test_short_reads_are_continued_and_an_early_end_is_named(tmp_path, monkeypat
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: preadv(fd, [views[0][: max(0, end - at)]], at))
     with pytest.raises(ContractError, match=rf"a\.npy: ends after {end} bytes; .*-R chunk"):
         volume.copy((0, 0, 0), out)
+
+
+def test_hints_are_of_the_bytes_that_a_copy_reads_a_few_at_a_time(tmp_path, monkeypatch):
+    write(BLOCKED, tmp_path / "a.npy", voxels((9, 10, 11)))
+    volume = open_volume(BLOCKED, tmp_path / "a.npy", (9, 10, 11))
+    hinted, read, preadv = [], [], os.preadv
+
+    def note_hint(descriptor, start, length, advice):
+        if advice == os.POSIX_FADV_WILLNEED:
+            hinted.append(range(start, start + length))
+
+    def note_read(descriptor, views, start):
+        read.append(range(start, start + len(views[0])))
+        return preadv(descriptor, views, start)
+
+    monkeypatch.setattr(os, "posix_fadvise", note_hint)
+    monkeypatch.setattr(os, "preadv", note_read)
+    monkeypatch.setattr(layout, "_HINT_BYTES", 50)
+    volume.prefetch((1, 2, 3), (7, 6, 5))
+    assert not read
+    volume.copy((1, 2, 3), np.empty((7, 6, 5), np.uint8))
+    assert sorted(chain(*hinted)) == sorted(chain(*read))
+    assert max(map(len, hinted)) == 50
 
 
 def write_within(limit, kind, path):

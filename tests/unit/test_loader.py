@@ -28,10 +28,16 @@ def indices(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def open_loader(
-    index: Path, *, last: int = 5, workers: int = 1, rank: int = 0, world: int = 1, **settings: Any
+    index: Path,
+    *,
+    last: int = 5,
+    workers: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    patch: tuple[int, int, int] = (12, 40, 16),  # larger than the crops along one axis
+    **settings: Any,
 ) -> Loader:
-    # patches are larger than the crops along one axis
-    patches = Patches(Store(index), CROPS, CLASSES, (12, 40, 16))
+    patches = Patches(Store(index), CROPS, CLASSES, patch)
     sampler = Sampler(patches, seed=3, centred_fraction=0.5, class_power=-0.5)
     options = {**SETTINGS, **settings}
     return Loader(sampler, options, rank=rank, world=world, first=2, last=last, pinned=False, workers=workers)
@@ -115,14 +121,16 @@ def test_batch_is_left_alone_until_the_next_is_asked_for(indices: dict[str, Path
     assert len(memory) <= 3 + 1 + loader_module.AHEAD  # and none is taken anew
 
 
+@pytest.mark.parametrize("patch", [(12, 40, 16), (5, 7, 5)])
 def test_labels_of_large_tables_are_shipped_as_signed_integers(
-    indices: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    indices: dict[str, Path], monkeypatch: pytest.MonkeyPatch, patch: tuple[int, int, int]
 ) -> None:
-    plain = stream(indices[MAPPED], last=3)
+    options: dict[str, Any] = {"last": 3, "patch": patch, "batch": 1, "mixup": {"probability": 0.0, "alpha": 0.4}}
+    plain = stream(indices[MAPPED], **options)
     table = Store.table
     grown = lambda store, crop: np.concatenate([table(store, crop), np.full((44, len(CLASSES)), 2, np.uint8)])  # noqa: E731
     monkeypatch.setattr(Store, "table", grown)
-    loader = open_loader(indices[MAPPED], last=3)
+    loader = open_loader(indices[MAPPED], **options)
     (batch,) = loader
     loader.close()
     assert batch.label.dtype == torch.int16

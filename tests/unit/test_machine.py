@@ -24,6 +24,9 @@ def test_without_a_limit_it_is_the_machines_memory(tmp_path: Path) -> None:
 def test_the_limit_of_a_parent_group_counts(tmp_path: Path, line: str, folder: str, name: str) -> None:
     membership = tmp_path / "cgroup"
     membership.write_text(f"3:cpuset:/other\n{line}\n")
+    unrelated = tmp_path / "groups/memory/other"  # of another controller
+    unrelated.mkdir(parents=True)
+    (unrelated / "memory.limit_in_bytes").write_text("1000\n")
     limited = tmp_path / "groups" / folder
     (limited / "step_0").mkdir(parents=True)
     (limited / name).write_text("96000000\n")

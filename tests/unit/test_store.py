@@ -217,6 +217,15 @@ def test_missing_or_truncated_file_is_named_when_the_store_is_opened(index, kind
     store.volume("a/crop1", "image")
 
 
+def test_file_that_cannot_be_read_is_named(index):
+    store, path = Store(index), index.parent / "store/a_crop2_label.npy"
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(ContractError, match=r"a_crop2_label\.npy: cannot be read.*-R chunk"):
+        Store(index)
+    assert list(store.read_through(store.crops, 2)) == ["a/crop2"]
+
+
 def test_nothing_is_left_out_of_a_store_that_is_whole(index):
     damaged = {}
     assert len(Store(index, damaged=damaged).crops) == 2

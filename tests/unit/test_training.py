@@ -23,16 +23,17 @@ from training_case import (
     start_ranks,
     wait_for_step,
     write_request,
+    write_request_file,
     write_store,
 )
 
 from cellmap_pipe.errors import ContractError, TrainingError
 from cellmap_pipe.files import read_json
 from cellmap_pipe.prepare.store import Store
-from cellmap_pipe.training import checkpoint, results
+from cellmap_pipe.training import checkpoint, main, results
 from cellmap_pipe.training.inference import load_model
 from cellmap_pipe.training.loop import Process, StoppedError, StopRequest, Training
-from cellmap_pipe.training.main import choose_device, fold_crops
+from cellmap_pipe.training.main import choose_device, fold_crops, run_training
 from cellmap_pipe.training.optimisation import learning_rate, update_average
 
 Request = dict[str, Any]
@@ -75,6 +76,11 @@ def wait_for_start(request: Request, alive: Callable[[], bool]) -> None:
     while "patches per step" not in log(request):
         assert alive(), log(request)
         time.sleep(0.01)
+
+
+def train(request: Request) -> None:
+    """Run a training in this process, which spares the start of another."""
+    run_training(write_request_file(request))
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +153,11 @@ def test_terminated_training_saves_and_goes_on(root: Path, whole: Request) -> No
     assert final_state(request) == final_state(whole)
 
 
-def test_training_stops_before_the_walltime(root: Path) -> None:
+def test_training_stops_before_the_walltime(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
     request = {**write_request(root, "walltime", checkpoint_minutes=60), "runtime_min": 1e-4}
-    assert finish(start(request)) == [1]
-    assert "stopped by the end of the walltime" in log(request).splitlines()[-1]
+    with pytest.raises(StoppedError, match="stopped by the end of the walltime"):
+        train(request)
     assert list(Path(request["run_dir"]).glob("step*.pt"))
 
 
@@ -205,13 +212,12 @@ def test_finished_training_is_published_again_without_training(root: Path, whole
 
 
 def test_changed_settings_set_the_old_run_aside(root: Path) -> None:
-    request = write_request(root, "changed", max_steps=1)
-    assert finish(start(request)) == [0], log(request)
+    train(write_request(root, "changed", max_steps=1))
     again = write_request(root, "changed", max_steps=2)
-    assert finish(start(again)) == [0], log(again)
+    train(again)
     assert read_json(again["outputs"]["metrics"])["steps"] == 2
     assert len(list(Path(again["run_dir"]).parent.glob("changed.stale-*/best.pt"))) == 1
-    assert finish(start({**again, "retrain": True})) == [0], log(again)
+    train({**again, "retrain": True})
     assert len(list(Path(again["run_dir"]).parent.glob("changed.stale-*/best.pt"))) == 2
 
 
@@ -241,21 +247,61 @@ def test_damaged_files_stop_the_training_before_its_first_step(root: Path) -> No
     assert not list(Path(request["run_dir"]).glob("step*.pt"))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_damaged_crops_can_be_left_out(root: Path, ranks: int) -> None:
-    request = damaged_case(root / f"skip{ranks}", bit_of="set-1_crop1_image.npy", on_damage="skip", max_steps=2)
-    processes = [start(request)] if ranks == 1 else start_ranks(request, ranks)
-    assert finish(*processes) == [0] * ranks, log(request)
+def test_damaged_crops_can_be_left_out(root: Path) -> None:
+    # the first rank reads the other crops
+    request = damaged_case(root / "skip", bit_of="set-1_crop1_image.npy", on_damage="skip", max_steps=2)
+    assert finish(*start_ranks(request, 2)) == [0, 0], log(request)
     assert "crop set-1/crop1 is left out" in log(request)
     assert "1 training crops" in log(request)
     assert read_json(request["outputs"]["metrics"])["skipped_crops"] == ["set-1/crop1"]
 
 
-def test_a_fold_without_an_undamaged_training_crop_is_an_error(root: Path) -> None:
-    files = {"bit_of": "set-1_crop1_image.npy", "length_of": "set-0_crop0_image.npy"}
-    request = damaged_case(root / "none", **files, on_damage="skip")
-    assert finish(start(request)) == [1]
-    assert "every training crop is damaged" in log(request).splitlines()[-1]
+def test_ranks_that_know_other_crops_as_damaged_decide_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(write_store(tmp_path, crops=5))
+    crops, known = list(store.crops), [{}, {"set-0/crop0": "gone"}]
+    (tmp_path / "store" / "set-1_crop3_label.npy").unlink()
+    found: list[dict[str, str]] = []
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda _, own: found.append(own))
+    for rank, damaged in enumerate(known):
+        main._read_through(store, crops, damaged, Process(rank, 2, torch.device("cpu"), StopRequest()))
+    shares = [set(part) for part in found]
+    assert shares == [set(), {"set-0/crop0", "set-1/crop3"}]
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda parts, _: parts.__setitem__(slice(None), found))
+    for rank, damaged in enumerate(known):
+        process = Process(rank, 2, torch.device("cpu"), StopRequest())
+        assert set(main._read_through(store, crops, damaged, process)) == shares[0] | shares[1]
+
+
+def test_store_that_exceeds_the_memory_is_told_with_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(write_store(tmp_path))
+    for limit in (store.mapped_bytes(store.crops), store.mapped_bytes(store.crops) - 1):
+        assert not caplog.records
+        monkeypatch.setattr(main, "memory_limit", lambda limit=limit: limit)
+        main._read_through(store, list(store.crops), {}, alone())
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "(resources.train.mem_mb), or set chunks.memory_gb to 0.000" in message  # 0 would be refused
+
+
+def test_a_side_of_the_fold_of_which_nothing_is_left_is_an_error() -> None:
+    def left(damaged: list[str], validation: list[str], on_damage: str = "skip") -> Any:
+        faults = {crop: f"{crop} is torn" for crop in damaged}
+        return main._undamaged(["a", "b"], validation, faults, on_damage, alone())
+
+    assert left(["b", "other"], ["c"]) == (["a"], ["c"], ["b"])
+    assert left(["a"], []) == (["b"], [], ["a"])  # fold `all` has no validation
+    with pytest.raises(TrainingError, match=r"every training crop of the fold is damaged .* a is torn"):
+        left(["a", "b"], ["c"])
+    with pytest.raises(TrainingError, match=r"every validation crop of the fold is damaged .* c is torn"):
+        left(["a", "c"], ["c"])
+
+
+def test_line_of_an_error_names_a_few_damaged_crops_and_the_log_all(caplog: pytest.LogCaptureFixture) -> None:
+    faults = {f"crop{number}": f"file{number}: damaged" for number in range(289)}
+    with pytest.raises(ContractError, match=r"^289 .*file2: damaged; 286 more are in the log\. train\.on_damage: skip"):
+        main._undamaged(list(faults), [], faults, "stop", alone())
+    assert len(caplog.records) == 289
 
 
 def trainer(request: Request, process: Process) -> Training:
@@ -304,6 +350,13 @@ def test_stop_request_is_seen_before_a_validation(root: Path, monkeypatch: pytes
         training.run()
 
 
+def test_stop_request_is_seen_before_the_first_step_after_a_resume(root: Path) -> None:
+    training = trainer(write_request(root, "early"), Process(0, 1, torch.device("cpu"), StopRequest("SIGTERM")))
+    training.progress.step = 1  # no epoch ends here
+    with pytest.raises(StoppedError, match="stopped by SIGTERM after step 1;"):
+        training.run()
+
+
 def test_signal_after_the_ranks_agreed_stops_none_of_them(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process = Process(0, 2, torch.device("cpu"), StopRequest())
     training = trainer(write_request(root, "agree"), alone())
@@ -332,10 +385,8 @@ def test_best_weights_of_an_abandoned_future_are_not_published(whole: Request, t
 
 def test_loss_that_is_not_finite_ends_the_training_and_names_the_step(root: Path) -> None:
     request = write_request(root, "diverged", lr=1e30, clip=None, checkpoint_minutes=60)
-    assert finish(start(request)) == [1]
-    last = log(request).splitlines()[-1]
-    assert last.startswith("ERROR train model=tiny,fold=0: the loss is nan at step")
-    assert "last good checkpoint" in last
+    with pytest.raises(TrainingError, match=r"the loss is nan at step .* last good checkpoint"):
+        train(request)
 
 
 def test_fold_all_needs_no_validation(root: Path) -> None:
@@ -343,7 +394,7 @@ def test_fold_all_needs_no_validation(root: Path) -> None:
     lists = read_json(request["datalist"])
     Path(root / "all.json").write_text(json.dumps({"training": lists["training"], "validation": []}))
     request |= {"datalist": str(root / "all.json"), "fold": "all"}
-    assert finish(start(request)) == [0], log(request)
+    train(request)
     metrics = read_json(request["outputs"]["metrics"])
     assert (metrics["best_step"], metrics["best_mean_dice"]) == (2, None)
     with pytest.raises(TrainingError, match="no validation crop in fold 0"):

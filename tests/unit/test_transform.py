@@ -1,6 +1,7 @@
 """Image and labels undergo one geometry, which is that of scipy and of the specimen, and known voxels stay in view."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cellmap_pipe.intensity import lookup_table
 from cellmap_pipe.training.augment import Augmentation, Matrix3, Variation, affine_matrix
 from cellmap_pipe.training.expand import Expander
-from cellmap_pipe.training.transform import resample, turn, varied
+from cellmap_pipe.training.transform import blur_matrix, low_resolution_matrix, resample, turn, varied
 
 torch.set_num_threads(1)
 
@@ -140,10 +142,12 @@ def test_an_affine_map_is_scipys_after_the_symmetry(
     assert 0.3 < within.mean() < once.mean()
 
 
-def test_wide_label_maps_and_several_slabs_are_resampled_alike() -> None:
+@pytest.mark.parametrize("turning", [True, False])
+def test_wide_label_maps_and_several_slabs_are_resampled_alike(turning: bool) -> None:
     shape = (20, 120, 120)
     label = torch.arange(math.prod(shape)).remainder(700).to(torch.int16).view(shape)
-    variation = Variation(affine=matrix_of(5, shape), anchor=(10, 60, 60))
+    matrix = matrix_of(5, shape) if turning else affine_matrix((0, 0, 0), 0.8271, (8, 8, 8), shape)
+    variation = Variation(affine=matrix, anchor=(10, 60, 60))
     found = one(torch.zeros(shape, dtype=torch.uint8), label, variation)[1]
     wanted = ndimage.affine_transform(label.numpy(), *composed(variation, shape), order=0, cval=UNKNOWN)
     inside = wanted != UNKNOWN
@@ -212,6 +216,53 @@ def test_noise_is_of_its_strength_repeats_and_comes_before_blur() -> None:
     assert abs(np.corrcoef(first[:6].ravel(), first[18:].ravel())[0, 1]) < 0.02
     smooth = one(grey, grey, Variation(noise=0.1, seed=3, blur=(1.0, 1.0, 1.0)))[0]
     assert smooth.std() < 0.3 * other.std()
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.3])
+def test_noise_is_added_to_what_the_affine_map_gave(angle: float) -> None:
+    shape = (12, 20, 20)
+    image = noise_volume(shape)
+    affine = affine_matrix((angle, 0, 0), 1.2, (8, 8, 8), shape)
+    moved, noisy = (one(image, image, Variation(affine=affine, noise=noise, seed=3))[0] for noise in (0.0, 0.1))
+    noise = one(image, image, Variation(noise=0.1, seed=3))[0] - image.numpy()
+    np.testing.assert_allclose(noisy - moved, noise, atol=1e-3)
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.3])
+def test_blur_and_then_low_resolution_follow_the_affine_map(angle: float) -> None:
+    shape = (12, 20, 20)
+    image = noise_volume(shape)
+    moved = Variation(affine=affine_matrix((angle, 0, 0), 1.2, (8, 8, 8), shape))
+    found = one(image, image, replace(moved, blur=(0.6, 0.8, 1.0), zoom=0.6))[0]
+    wanted = one(image, image, moved)[0]
+    for axis, (n, sigma) in enumerate(zip(shape, (0.6, 0.8, 1.0), strict=True)):
+        for matrix in (blur_matrix(n, sigma), low_resolution_matrix(n, 0.6)):
+            wanted = np.moveaxis(np.tensordot(matrix.numpy(), wanted, (1, axis)), 0, axis)
+    np.testing.assert_allclose(found, wanted, atol=1e-3)
+
+
+class Shipping(TorchDispatchMode):
+    """Notes of each conversion of what the host computed, in double precision, whether it waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waited: list[bool] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64:
+            self.waited.append(not (kwargs or {}).get("non_blocking", False))
+        return function(*args, **(kwargs or {}))
+
+
+def test_matrices_and_places_reach_the_device_without_waiting_for_it() -> None:
+    shape = (6, 8, 8)
+    turned = Variation(affine=matrix_of(1, shape), anchor=(3, 4, 4), blur=(1, 1, 1))
+    scaled = Variation(affine=affine_matrix((0, 0, 0), 1.2, (8, 8, 8), shape), zoom=0.5)
+    with Shipping() as shipping:
+        one(noise_volume(shape), noise_volume(shape), turned)
+        one(noise_volume(shape), noise_volume(shape), scaled)
+    assert len(shipping.waited) > 6
+    assert not any(shipping.waited)
 
 
 def test_samples_of_a_batch_do_not_touch_each_other_and_inputs_stay() -> None:

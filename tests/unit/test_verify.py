@@ -1,6 +1,7 @@
 """`verify` notices what is damaged or missing, and says which rule makes it again."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -49,6 +50,25 @@ def test_a_damaged_export_is_named_with_its_remedy(results):
     label.write_bytes(b"cut")
     with pytest.raises(ContractError, match=r"ds_crop1.nii.gz: 3 bytes .*-R nnunet"):
         verify_results(results)
+
+
+def test_a_file_that_cannot_be_read_is_named_with_its_remedy(results):
+    image = results / "nifti/8nm/images/ds_crop1_0000.nii.gz"
+    image.unlink()
+    image.symlink_to(image)
+    with pytest.raises(ContractError, match=r"ds_crop1_0000.nii.gz: cannot be read .*-R convert"):
+        verify_results(results)
+
+
+def test_contracts_that_cannot_be_used_do_not_hide_other_faults(results, caplog):
+    write_json(results / "chunks/8nm/index.json", {"format_version": 1})
+    (results / "nnunet").mkdir()
+    (results / "nnunet/8nm.json").write_text("")
+    (results / "predict/net/fold0/validation/volumes/ds_crop1.zarr").rename(results / "gone.zarr")
+    with pytest.raises(ContractError, match=r"^3 of "):
+        verify_results(results)
+    for fault in (r"8nm\.json: .*-R nnunet", r"index\.json: store format 1.*-R chunk", r"ds_crop1\.zarr.*-R predict"):
+        assert re.search(fault, caplog.text)
 
 
 def test_a_missing_prediction_is_named_with_its_remedy(results):

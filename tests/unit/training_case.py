@@ -170,7 +170,8 @@ def write_request(root: Path, name: str = "run", **settings: Any) -> dict[str, A
 def in_process(function: Callable[..., None], *arguments: Any) -> BaseProcess:
     """Call `function` in a process of its own that has torch and MONAI imported already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cellmap_pipe.training.main"])
+    # the optimisers import dynamo at their first step, which takes seconds
+    context.set_forkserver_preload(["cellmap_pipe.training.main", "torch._dynamo"])
     process = context.Process(target=function, args=arguments)
     process.start()
     return process

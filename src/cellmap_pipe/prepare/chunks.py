@@ -26,7 +26,6 @@ from cellmap_pipe.files import (
     digest,
     file_digest,
     read_json,
-    remove_partials,
     write_json,
     write_text,
 )
@@ -181,7 +180,6 @@ def write_index(
         raise ContractError(f"{statistics_json}: has no statistics of {missing[0]}; make it again with -R quality")
     store_dir = Path(shard_jsons[0]).parent / first["store_dir"]
     listed = {name for record in records for name in _file_names(store_stem(record["crop"]))}
-    remove_partials(store_dir)
     _remove(path for path in store_dir.iterdir() if path.name not in listed)
     index = {
         "format_version": FORMAT_VERSION,
@@ -224,7 +222,6 @@ def chunk_crop(record: Record, settings: ChunkSettings) -> Record:
     if known:
         logger.info("%s: the store holds it already", crop)
         return known
-    sidecar.unlink(missing_ok=True)  # from here on it may not describe the files any more: their sizes stay the same
     nifti = {
         kind: check_file(record["files"][kind], settings.nifti_dir, CONVERT_REMEDY, full=True)
         for kind in ("image", "label")
@@ -280,9 +277,7 @@ def sample_positions(
     """
     rng = np.random.default_rng(seed)
     shape = label.shape
-    in_row = np.zeros(len(table), np.int64)
-    for _, slab in _flat_slabs(label):
-        in_row += np.bincount(slab, minlength=len(table))
+    in_row = np.sum([np.bincount(slab, minlength=len(table)) for _, slab in _flat_slabs(label)], axis=0)
     members = [(ANY_KNOWN, (table != UNKNOWN).any(axis=1), known)]
     members += [(column, table[:, column] == PRESENT, per_class) for column in range(table.shape[1])]
     # a class's voxels are numbered row by row of the table, in each row by position: a draw is (class, row, number)
@@ -357,13 +352,17 @@ def _unknown_planes(count: int, shape: Sequence[int], dtype: np.dtype[Any]) -> I
 
 
 def _flat_slabs(volume: Array | Volume) -> Iterator[tuple[int, Array]]:
-    """Yield the voxels of a volume in C order, LABEL_SLAB_VOXELS at once: (number of the first one, voxels (n,))."""
+    """Yield the voxels of a volume in C order, LABEL_SLAB_VOXELS at once: (number of the first one, voxels (n,)).
+
+    Each is valid until the next: one layer of blocks is held.
+    """
     shape = volume.shape
+    layer = np.empty((min(BLOCK, shape[0]), *shape[1:]), volume.dtype)
     for top in range(0, shape[0], BLOCK):  # a layer of blocks: thinner ones would read each block several times
+        planes = layer[: shape[0] - top]
         if isinstance(volume, np.ndarray):
-            planes = volume[top : top + BLOCK]
+            planes[...] = volume[top : top + BLOCK]
         else:
-            planes = np.empty((min(BLOCK, shape[0] - top), *shape[1:]), volume.dtype)
             volume.copy((top, 0, 0), planes)
         for first, last in slab_ranges(planes.shape, LABEL_SLAB_VOXELS):
             yield (top + first) * shape[1] * shape[2], planes[first:last].ravel()
@@ -389,5 +388,5 @@ def _file_names(stem: str) -> list[str]:
 def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
         if path.is_file():
-            logger.info("%s: deleted, its crop is not used any more", path)
+            logger.info("%s: deleted, it is not used any more", path)
             path.unlink(missing_ok=True)

@@ -82,7 +82,7 @@ def write_volume(
     CellmapError if the disk is full.
     """
     content = hashlib.sha256()
-    pieces = _hashed(_checked(path, dtype, shape, slabs), content)
+    pieces = _checked(path, dtype, shape, slabs, content)
     if layout == BLOCKED:
         grid = [-(-n // block) for n in shape]
         _write_npy(path, dtype, (*grid, *[block] * 3), _block_rows(pieces, dtype, shape, fill, block))
@@ -143,9 +143,6 @@ class MappedVolume:
         self.dtype = self._voxels.dtype
         if self._voxels.shape != self.shape:
             raise ContractError(f"{path}: array of {self._voxels.shape}, {self.shape} expected; {REMEDY}")
-
-    def __reduce__(self) -> tuple[type["MappedVolume"], tuple[Path, Shape3]]:
-        return MappedVolume, (self.path, self.shape)
 
     def copy(self, origin: Sequence[int], out: Array) -> None:
         _check_box(self.path, self.shape, origin, out.shape)
@@ -320,29 +317,30 @@ def _read_header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     with open(path, "rb") as stream:
         if np.lib.format.read_magic(stream) != (1, 0):
             raise ValueError("not a .npy file of version 1.0")
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+        try:
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+        except Exception as error:  # the parser fails on a damaged header in many ways
+            raise ValueError(f"header: {error}") from error
         offset, size = stream.tell(), os.fstat(stream.fileno()).st_size
     if fortran_order or size != offset + prod(shape) * dtype.itemsize:
         raise ValueError(f"{size} bytes for {dtype} {shape}")
     return shape, dtype, offset
 
 
-def _checked(path: Path, dtype: np.dtype[Any], shape: Sequence[int], slabs: Iterable[Array]) -> Iterator[Array]:
-    """Yield the slabs as contiguous arrays; raise ContractError where they are not those of the volume."""
+def _checked(
+    path: Path, dtype: np.dtype[Any], shape: Sequence[int], slabs: Iterable[Array], content: "hashlib._Hash"
+) -> Iterator[Array]:
+    """Yield the slabs as contiguous arrays, and add them to `content`; raise ContractError where they do not fit."""
     planes = 0
     for slab in slabs:
         if slab.dtype != dtype or slab.shape[1:] != tuple(shape[1:]):
             raise ContractError(f"{path}: {slab.dtype} {slab.shape} for {dtype} {tuple(shape)}; {_INPUT_REMEDY}")
         planes += len(slab)
-        yield np.ascontiguousarray(slab)
-    if planes != shape[0]:
-        raise ContractError(f"{path}: {planes} planes for {tuple(shape)}; {_INPUT_REMEDY}")
-
-
-def _hashed(slabs: Iterable[Array], content: "hashlib._Hash") -> Iterator[Array]:
-    for slab in slabs:
+        slab = np.ascontiguousarray(slab)
         content.update(slab.data)
         yield slab
+    if planes != shape[0]:
+        raise ContractError(f"{path}: {planes} planes for {tuple(shape)}; {_INPUT_REMEDY}")
 
 
 def _block_rows(

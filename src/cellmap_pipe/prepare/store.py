@@ -110,7 +110,7 @@ class Store:
         if classes is not None:
             _compare_classes(self.path, self.classes, list(classes))
         for crop, record in self.crops.items():
-            faults = [fault for fault in (_fault(file, self.folder) for file in record["files"].values()) if fault]
+            faults = [fault for file in record["files"].values() if (fault := fault_of_file(file, self.folder))]
             if faults:
                 if damaged is None:
                     raise ContractError(faults[0])
@@ -191,29 +191,29 @@ def verify_store(index_path: str | os.PathLike[str]) -> list[str]:
     return [fault for _, fault in _read_through(folder, list(records.values()), VERIFY_THREADS)]
 
 
+def fault_of_file(contract: dict[str, Any], folder: Path, remedy: str = REMEDY, *, full: bool = False) -> str:
+    """Return what is wrong with a bulk file, "" if nothing; its bytes are read only with `full`."""
+    try:
+        check_file(contract, folder, remedy, full=full)
+    except ContractError as error:
+        return str(error)
+    except OSError as error:
+        return f"{folder / contract['path']}: cannot be read ({error.strerror}); {remedy}"
+    return ""
+
+
 def _read_through(folder: Path, records: Sequence[Record], threads: int) -> Iterator[tuple[str, str]]:
     """Read the bulk files of `records`, `threads` at a time; yield crop and fault of each that is damaged, in order."""
     files = [(record["crop"], contract) for record in records for contract in record["files"].values()]
     begin = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
-        faults = pool.map(lambda file: _fault(file[1], folder, full=True), files)
+        faults = pool.map(lambda file: fault_of_file(file[1], folder, full=True), files)
         yield from ((crop, fault) for (crop, _), fault in zip(files, faults, strict=True) if fault)
     seconds = time.perf_counter() - begin
     size = sum(contract["size"] for _, contract in files) / 1e9
     logger.info(
         "%s: %.3g GB of %d crops read in %.1f s, %.2f GB/s", folder, size, len(records), seconds, size / seconds
     )
-
-
-def _fault(contract: dict[str, Any], folder: Path, *, full: bool = False) -> str:
-    """Return what is wrong with a bulk file, "" if nothing; its bytes are read only with `full`."""
-    try:
-        check_file(contract, folder, REMEDY, full=full)
-    except ContractError as error:
-        return str(error)
-    except OSError as error:
-        return f"{folder / contract['path']}: cannot be read ({error.strerror}); {REMEDY}"
-    return ""
 
 
 def _read_index(path: Path) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """What is drawn for each sample: the symmetry, affine map and change of intensities that its patch undergoes.
 
-Kinds, probabilities and ranges are nnU-Net's default list (Isensee et al. 2021, supplement 4), with these differences:
+Kinds, probabilities and ranges are those of nnU-Net's default trainer (version 2), with these differences:
+- Values are uniform over their range; nnU-Net's gamma is as often below 1 as above. Blur and low resolution come up as
+  often as their probability says; nnU-Net then leaves out each channel in half of the cases, the only one too.
 - Intensities lie in [0, 1] by the dataset's constants, the same in prediction; nnU-Net's are z-scores of a volume.
   Gamma therefore acts on that range and not on the patch's own, keeps no mean and deviation, and what brightness lifts
   above 1 is cut off, as normalisation cuts it.

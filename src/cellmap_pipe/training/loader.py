@@ -1,7 +1,6 @@
 """Training batches, copied from the store into a ring of reused buffers by threads while the network computes."""
 
 import functools
-import math
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -67,13 +66,12 @@ class Buffers:
 
 
 def ring(count: int, rows: int, patches: Patches, *, pinned: bool) -> list[Buffers]:
-    """Return memory for `count` batches of `rows` patches each, in one piece: numpy asks for huge pages for it."""
-    label_dtype = torch.uint8 if patches.label_dtype is np.uint8 else torch.int16
-    memory = torch.from_numpy(np.empty((count, 1 + label_dtype.itemsize, rows * math.prod(patches.patch)), np.uint8))
+    """Return memory for `count` batches of `rows` patches each, in two pieces: numpy asks for huge pages for them."""
+    shape = (count, rows, *patches.patch)
+    images, labels = (torch.from_numpy(np.empty(shape, dtype)) for dtype in (np.uint8, patches.label_dtype))
     if pinned:
-        memory = memory.pin_memory()
-    shape = (rows, *patches.patch)
-    return [Buffers(part[0].view(shape), part[1:].view(-1).view(label_dtype).view(shape)) for part in memory]
+        images, labels = images.pin_memory(), labels.pin_memory()
+    return [Buffers(image, label) for image, label in zip(images, labels, strict=True)]
 
 
 class Loader:

@@ -188,7 +188,7 @@ class Training:
             SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=progress.step) if not process.rank else None
         )
         meter = Meter(settings["batch"] * settings["accumulate"] * process.world)
-        next_check = progress.step + 1
+        next_check = progress.step  # a stop that was asked for while the store was read is seen before the first step
         self.network.train()
         try:
             while True:

@@ -38,6 +38,9 @@ STOP_SECONDS = 300.0
 # Threads of a rank that copy patches: two keep up with any network, reading ahead of a slow disk takes more.
 MOST_WORKERS = 4
 
+# Damaged crops that the line of an error names; all of them are in the log.
+NAMED_FAULTS = 3
+
 
 def run_training(request_path: str | Path) -> None:
     """Train what the request describes, or publish again what a finished run directory holds.
@@ -74,7 +77,7 @@ def _train(request: Mapping[str, Any], process: Process) -> None:
         _wait(process)
         state = checkpoint.latest(run_dir, clean=not process.rank)
         if state is None or not state["progress"]["finished"]:
-            damaged |= _read_through(store, [crop for crop in training + validation if crop not in damaged], process)
+            damaged = _read_through(store, training + validation, damaged, process)
             training, validation, skipped = _undamaged(training, validation, damaged, settings["on_damage"], process)
             trainer = Training(settings, store, training, validation, run_dir, expected, process, state, skipped)
             del state  # its tensors are copied by now
@@ -105,19 +108,22 @@ def fold_crops(datalist: str | Path, fold: str) -> tuple[list[str], list[str]]:
     return training, validation
 
 
-def _read_through(store: Store, crops: list[str], process: Process) -> dict[str, str]:
+def _read_through(store: Store, crops: list[str], damaged: Mapping[str, str], process: Process) -> dict[str, str]:
     """Read every byte of the crops once, each rank its share, and return the damaged ones, the same on all ranks.
 
-    The page cache then holds what fits into memory, and a damaged file is found before it is trained on.
+    The page cache then holds what fits into memory, and a damaged file is found before it is trained on. damaged: what
+    this rank knows already; such crops are not read.
     """
     needed, limit = store.mapped_bytes(crops) / 1e9, memory_limit() / 1e9
     if needed > limit and not process.rank:
         logger.warning(
             "the fold's crops take %.1f GB and this job may use %.1f GB, so patches come from the disk: ask for more "
-            "memory (resources.train.mem_mb), or set chunks.memory_gb to %.0f, which cuts the store into blocks",
+            "memory (resources.train.mem_mb), or set chunks.memory_gb to %.3g, which cuts the store into blocks",
             *(needed, limit, 0.6 * limit),
         )
-    found = store.read_through(crops[process.rank :: process.world], process.workers)
+    # shares by the place in the list: another rank may know other crops as damaged, where a network's disk falters
+    share = [crop for crop in crops[process.rank :: process.world] if crop not in damaged]
+    found = {**damaged, **store.read_through(share, process.workers)}
     if process.world > 1:
         parts: list[dict[str, str]] = [{} for _ in range(process.world)]
         dist.all_gather_object(parts, found)
@@ -130,23 +136,28 @@ def _undamaged(
 ) -> tuple[list[str], list[str], list[str]]:
     """Return the training and the validation crops without the damaged ones, and those that are left out.
 
-    Raises ContractError naming the faults if `on_damage` is "stop", TrainingError if nothing is left to train on.
+    Raises ContractError naming the first faults if `on_damage` is "stop", TrainingError if nothing is left to train on,
+    or nothing to validate on in a fold that has a validation: other weights would be kept than those asked for.
     """
     faults = {crop: damaged[crop] for crop in training + validation if crop in damaged}
     if not faults:
         return training, validation, []
-    if on_damage == "stop":
-        raise ContractError(
-            f"{len(faults)} of the fold's crops are damaged in the training store: {'; '.join(faults.values())}. "
-            "train.on_damage: skip trains without them"
-        )
     if not process.rank:
+        what = "is damaged" if on_damage == "stop" else "is left out, train.on_damage is skip"
         for crop, fault in faults.items():
-            logger.warning("crop %s is left out, train.on_damage is skip: %s", crop, fault)
-    sides = [[crop for crop in side if crop not in faults] for side in (training, validation)]
-    if not sides[0]:
-        raise TrainingError(f"every training crop is damaged in the store; the first: {next(iter(faults.values()))}")
-    return sides[0], sides[1], sorted(faults)
+            logger.warning("crop %s %s: %s", crop, what, fault)
+    if on_damage == "stop":
+        more = f"; {len(faults) - NAMED_FAULTS} more are in the log" if len(faults) > NAMED_FAULTS else ""
+        raise ContractError(
+            f"{len(faults)} of the fold's crops are damaged in the training store: "
+            f"{'; '.join([*faults.values()][:NAMED_FAULTS])}{more}. train.on_damage: skip trains without them"
+        )
+    whole = {"training": training, "validation": validation}
+    left = {side: [crop for crop in crops if crop not in faults] for side, crops in whole.items()}
+    for side, crops in whole.items():
+        if crops and not left[side]:
+            raise TrainingError(f"every {side} crop of the fold is damaged in the store; the first: {faults[crops[0]]}")
+    return left["training"], left["validation"], sorted(faults)
 
 
 def choose_device(asked: str, local_rank: int, processes: int) -> torch.device:

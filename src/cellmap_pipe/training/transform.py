@@ -33,8 +33,8 @@ def varied(
     """Return the network's input, float32 (B, 1, z, y, x), and the label maps (B, z, y, x) after the variations.
 
     image: uint8 (B, z, y, x); label: label maps of the same shape; both on the expander's device and unchanged after
-    it. Outside of the patch labels are unknown and EM is mirrored at the end voxels, once: further out the end voxels
-    repeat. The result is overwritten by the expander's next call. On one device equal variations give equal bits.
+    it. Outside of the patch labels are unknown and EM is mirrored at the end voxels, once: further out the last voxel
+    repeats. The result is overwritten by the expander's next call. On one device equal variations give equal bits.
     """
     images = expander.buffer("image", (len(image), 1, *image.shape[1:]), torch.float32)
     labels = expander.buffer("label", label.shape, label.dtype)
@@ -141,8 +141,13 @@ def _places(geometry: Geometry, slab: slice, shape: Sequence[int], out: Tensor) 
     z, y, x = (np.arange(n) for n in (slab.stop, *shape[1:]))
     for axis in range(3):
         columns = matrix[axis, 0] * z[slab, None] + matrix[axis, 1] * y + offset[axis]
-        along = [torch.from_numpy(v.astype(np.float32)).to(out.device) for v in (columns, matrix[axis, 2] * x)]
-        torch.add(along[0][..., None], along[1], out=out[axis])
+        first, last = (shipped(torch.from_numpy(values), out) for values in (columns, matrix[axis, 2] * x))
+        torch.add(first[..., None], last, out=out[axis])
+
+
+def shipped(values: Tensor, like: Tensor) -> Tensor:
+    """Return what the host computed in the type and on the device of `like`, not waiting for what is queued there."""
+    return values.to(like, non_blocking=True)
 
 
 # -- noise, and what is one matrix per axis ---------------------------------------------------------------------------
@@ -194,7 +199,7 @@ def product(second: Tensor | None, first: Tensor | None) -> Tensor | None:
 
 def multiply(image: Tensor, matrices: Sequence[Tensor | None], scratch: Tensor) -> None:
     """Multiply the image (z, y, x) by one matrix per axis, in place. scratch: of its shape."""
-    z, y, x = (None if matrix is None else matrix.to(image) for matrix in matrices)
+    z, y, x = (None if matrix is None else shipped(matrix, image) for matrix in matrices)
     if z is None and y is None and x is None:
         return
     source = image if z is None else scratch
