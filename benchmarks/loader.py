@@ -204,7 +204,8 @@ def our_ways(index: Path, patches: int) -> dict[str, Way]:
     ]
     boxes = cycle([sampler.draw(step, row) for step in range(500) for row in range(size)])
     source = np.ones((64, 2, PATCH**3), np.uint8)
-    reused = np.ones((size, 2, *(PATCH,) * 3), np.uint8)
+    ring = np.ones(((WORKERS + 1 + AHEAD) * size, 2, *(PATCH,) * 3), np.uint8)
+    reused = ring[:size]
 
     def deliver() -> None:
         for _ in range(patches // size):
@@ -216,10 +217,10 @@ def our_ways(index: Path, patches: int) -> dict[str, Way]:
         for _ in range(patches // size):
             single.fill(next(numbers), buffers)
 
-    def copy_boxes() -> None:
+    def copy_boxes(buffers: np.ndarray) -> None:
         for number, box in enumerate(islice(boxes, patches)):
             inside = tuple(slice(start, start + PATCH) for start in box.origin)
-            for array, out in zip(arrays[box.crop], reused[number % size], strict=True):
+            for array, out in zip(arrays[box.crop], buffers[number % len(buffers)], strict=True):
                 out[...] = array[inside]
 
     def copy_pieces() -> None:
@@ -230,7 +231,12 @@ def our_ways(index: Path, patches: int) -> dict[str, Way]:
     return {
         OURS: Way(patches, deliver, "mapped files, 2 B/voxel; sampling, two threads, a ring of buffers"),
         "in-process": Way(patches, fill, "mapped files, 2 B/voxel; sampling, one buffer"),
-        "numpy copy": Way(patches, copy_boxes, "mapped files, 2 B/voxel; the same boxes, known beforehand, one buffer"),
+        "numpy copy": Way(
+            patches, lambda: copy_boxes(reused), "mapped files, 2 B/voxel; the same boxes, known beforehand, one buffer"
+        ),
+        "numpy copy, ring": Way(
+            patches, lambda: copy_boxes(ring), "the same into as many buffers as the loader's ring"
+        ),
         "memcpy": Way(patches, copy_pieces, "memory, 2 B/voxel in one piece, one buffer"),
     }
 

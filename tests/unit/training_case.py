@@ -1,9 +1,12 @@
 """A tiny training: a store of three crops on disk, a datalist, and the request that trains on them."""
 
+import faulthandler
 import multiprocessing
 import os
 import socket
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -167,14 +170,32 @@ def write_request(root: Path, name: str = "run", **settings: Any) -> dict[str, A
     }
 
 
+# Longer than any of these processes takes, on a loaded machine too.
+PATIENCE = 240
+
+
 def in_process(function: Callable[..., None], *arguments: Any) -> BaseProcess:
     """Call `function` in a process of its own that has torch and MONAI imported already."""
     context = multiprocessing.get_context("forkserver")
     # the optimisers import dynamo at their first step, which takes seconds
     context.set_forkserver_preload(["cellmap_pipe.training.main", "torch._dynamo"])
-    process = context.Process(target=function, args=arguments)
+    process = context.Process(target=_and_leave, args=(function, *arguments))
     process.start()
     return process
+
+
+def _and_leave(function: Callable[..., None], *arguments: Any) -> None:
+    """Call the function and leave the process, as a training does: its own tear-down can wait for ever."""
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
+    status = 0
+    try:
+        function(*arguments)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def in_ranks(world: int, function: Callable[..., None], *arguments: Any) -> list[BaseProcess]:
@@ -202,7 +223,7 @@ def start_ranks(request: dict[str, Any], world: int) -> list[BaseProcess]:
 def finish(*processes: BaseProcess) -> list[int | None]:
     """Wait for the processes and return their exit codes."""
     for process in processes:
-        process.join(120)
+        process.join(PATIENCE + 20)  # it ends by itself before, with its stack as last words
     return [process.exitcode for process in processes]
 
 
@@ -252,4 +273,4 @@ def save_loss_gradient(environment: dict[str, str], folder: str) -> None:
     if rank == 0:
         assert layer.weight.grad is not None
         torch.save({"loss": value / world, "gradient": layer.weight.grad}, f"{folder}/ranks.pt")
-    distributed.destroy_process_group()
+    distributed.barrier()

@@ -54,7 +54,15 @@ def run_training(request_path: str | Path) -> None:
     torch.set_num_threads(threads)
     device = choose_device(request["device"], int(os.environ.get("LOCAL_RANK", "0")), world)
     stop = StopRequest()
-    with _process_group(device, world), _stop_signals(stop):
+    if world > 1:
+        # No farewell (destroy_process_group): after an exception it waits for ranks that still compute, and where the
+        # group is freed while its threads wait for the interpreter, both wait for ever. The process just leaves.
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            # validation and the first rank's writing are waited for
+            timeout=datetime.timedelta(hours=2),
+        )
+    with _stop_signals(stop):
         _train(request, Process(rank, world, device, stop, _deadline(request, began), min(threads, MOST_WORKERS)))
 
 
@@ -204,21 +212,6 @@ def _deadline(request: Mapping[str, Any], began: float) -> float | None:
     else:
         return None
     return began + left - min(STOP_SECONDS, left / 10)
-
-
-@contextlib.contextmanager
-def _process_group(device: torch.device, world: int) -> Iterator[None]:
-    if world == 1:
-        yield
-        return
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        # validation and the first rank's writing are waited for
-        timeout=datetime.timedelta(hours=2),
-    )
-    yield
-    # not after an exception: a farewell to ranks that still compute would hang
-    dist.destroy_process_group()
 
 
 def _wait(process: Process) -> None:
