@@ -65,6 +65,7 @@ def _fetch(arguments: argparse.Namespace) -> int:
 
     for name in arguments.classes or ():
         get_class(name)
+    grids = dict(_grid(words) for words in arguments.grid)
     settings = {
         "source": arguments.source,
         "options": _options(arguments),
@@ -74,10 +75,10 @@ def _fetch(arguments: argparse.Namespace) -> int:
         "classes": arguments.classes or None,
         "em_path": arguments.em_path,
         "labels_path": arguments.labels_path,
-        "grids": dict(_grid(words) for words in arguments.grid),
+        "grids": grids,
         "max_upsample": arguments.max_upsample,
-        "context_nm": arguments.context_nm,
-        "train_context_nm": arguments.context_nm,
+        "context_nm": dict.fromkeys(grids, arguments.context_nm),
+        "train_context_nm": dict.fromkeys(grids, arguments.context_nm),
         "max_train_gb": arguments.max_train_gb,
         "workers": arguments.workers,
         "retries": arguments.retries,

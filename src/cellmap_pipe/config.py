@@ -44,6 +44,10 @@ RESULT_VERSIONS: dict[str, int] = {
 SUBSETS = ("validation", "test")
 NATIVE = "native"
 ENSEMBLE = "ensemble"
+
+# The voxel size by which patches on crops' own grids, each of another size, are turned into nm.
+ASSUMED_NATIVE_NM = 8.0
+
 MODEL_NAME = re.compile(r"[a-z][a-z0-9_]*")
 Section = TypeVar("Section")
 
@@ -81,12 +85,16 @@ class Folds:
 
 @dataclass(frozen=True)
 class JobResources:
-    """What a job asks of the machine: GPUs, CPU cores, memory of the first attempt in MB, walltime in minutes."""
+    """What a job asks of the machine: GPUs, CPU cores, memory of the first attempt in MB, walltime in minutes.
+
+    gpu_gb: memory of one of its GPUs, where it is known beforehand.
+    """
 
     gpus: int
     threads: int
     mem_mb: int
     runtime_min: int
+    gpu_gb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,7 @@ class Config:
     quality: Mapping[str, Any]
     folds: Folds
     nnunet: Mapping[str, Any]
-    context_nm: float
+    chosen_context_nm: float | None
     store_memory_gb: float | None
     segment: Mapping[str, Any]
     rules: str
@@ -153,6 +161,18 @@ class Config:
         """The grids of the models that `all` trains, each once."""
         return tuple(dict.fromkeys(self.model(name).grid for name in self.models))
 
+    def context_nm(self, grid: str) -> float:
+        """Return how much EM the training store keeps round the label boxes of a grid.
+
+        By default half of the longest patch of its models, so that one centred on the edge of the box sees EM only.
+        """
+        if self.chosen_context_nm is not None:
+            return self.chosen_context_nm
+        voxel_nm = self.grids[grid]
+        sizes = (ASSUMED_NATIVE_NM,) * 3 if isinstance(voxel_nm, str) else voxel_nm
+        patches = [self.model(name).train["patch"] for name in self.models if self.model(name).grid == grid]
+        return max((n / 2 * nm for patch in patches for n, nm in zip(patch, sizes, strict=True)), default=0.0)
+
     def version(self, stage: str) -> str:
         """Return the version of a stage's results: that of the library's code and the run's own revision."""
         return f"{RESULT_VERSIONS[stage]}.{self.revisions.get(stage, 0)}"
@@ -168,7 +188,7 @@ class Config:
             "labels": self.labels,
             "max_upsample": self.max_upsample,
             "max_train_gb": self.quality["max_train_gb"],
-            "context_nm": self.context_nm,
+            "context_nm": self.context_nm(grid),
             "shards": self.shards,
             "revision": self.revisions["convert"],
         }
@@ -184,7 +204,7 @@ class Config:
         """Return what determines the host memory that a crop of the grid needs."""
         models = [self.model(name) for name in self.models]
         return {
-            "context_nm": self.context_nm,
+            "context_nm": self.context_nm(grid),
             "models": [
                 {
                     "name": model.name,
@@ -204,6 +224,7 @@ class Config:
         fetch = dict(self.fetch)
         context_nm = fetch.pop("context_nm")
         grids = {grid: self.grids[grid] for grid in self.grids_in_use}
+        stored = {grid: self.context_nm(grid) for grid in grids}
         return {
             **fetch,
             "classes": list(self.classes) if fetch["classes"] == "configured" else None,
@@ -213,8 +234,8 @@ class Config:
             "grids": grids,
             "max_upsample": self.max_upsample,
             "max_train_gb": self.quality["max_train_gb"],
-            "context_nm": self.context_nm if context_nm is None else float(context_nm),
-            "train_context_nm": self.context_nm,
+            "context_nm": stored if context_nm is None else dict.fromkeys(grids, float(context_nm)),
+            "train_context_nm": stored,
         }
 
     def ceiling_settings(self) -> dict[str, Any]:
@@ -240,9 +261,9 @@ class Config:
             "specimens": folds.specimens,
         }
 
-    def chunk_settings(self) -> dict[str, Any]:
+    def chunk_settings(self, grid: str) -> dict[str, Any]:
         return {
-            "context_nm": self.context_nm,
+            "context_nm": self.context_nm(grid),
             "max_upsample": self.max_upsample,
             "memory_gb": self.store_memory_gb,
             "revision": self.revisions["chunk"],
@@ -320,7 +341,7 @@ def load_config(
         quality=values["quality"],
         folds=_section(Folds, folds),
         nnunet=values["nnunet"],
-        context_nm=float(values["chunks"]["context_nm"]),
+        chosen_context_nm=values["chunks"]["context_nm"],
         store_memory_gb=values["chunks"]["memory_gb"],
         segment=values["segment"],
         rules=values["evaluate"]["rules"],
@@ -482,6 +503,17 @@ def _resolve_model(
     )
 
 
+def _group_fault(group: str, outputs: Sequence[str], classes: Sequence[str]) -> str | None:
+    """Return what keeps the voxels of `group` from teaching a model of those outputs, or None."""
+    if group not in classes:
+        return f"hold '{group}', which `classes` lacks; {nearest(group, list(classes))}"
+    if group in outputs:
+        return f"hold '{group}', an output of the model; leave it out of train.groups, or of the model's classes"
+    if not derivable(group, outputs):
+        return f"hold '{group}', whose parts are not all outputs of the model; add them to its classes"
+    return None
+
+
 def _check_model(name: str, entries: Mapping[str, Any], values: Mapping[str, Any], source: Any) -> None:
     """Raise ConfigError for a model that cannot be built or trained in this run."""
     if entries["grid"] not in values["grids"]:
@@ -506,6 +538,9 @@ def _check_model(name: str, entries: Mapping[str, Any], values: Mapping[str, Any
             f"{source('train', 'deep_supervision')}: train.deep_supervision of model {name} is all zero; "
             "at least one output must have a weight"
         )
+    for group in entries["train"]["groups"]:
+        if fault := _group_fault(group, entries["classes"], values["classes"]):
+            raise ConfigError(f"{source('train', 'groups')}: train.groups of model {name} {fault}")
     limits = entries["train"]["normalisation"]
     if not isinstance(limits, str) and limits[1] <= limits[0]:
         raise ConfigError(

@@ -235,14 +235,38 @@ def test_fetch_copies_for_the_grids_of_the_models_in_use():
     settings = resolve(
         "{models: [segresnet_ds], chunks: {context_nm: 300}, fetch: {classes: configured}}"
     ).fetch_settings()
-    assert settings["grids"] == {"8nm": (8, 8, 8)} and settings["context_nm"] == 300
+    assert settings["grids"] == {"8nm": (8, 8, 8)} and settings["context_nm"] == {"8nm": 300}
     assert settings["classes"] == FOURTEEN
     assert resolve().fetch_settings()["classes"] is None
 
 
 def test_the_budget_of_fetched_crops_is_that_of_the_conversion():
     settings = resolve("{chunks: {context_nm: 300}, fetch: {context_nm: 2000}}").fetch_settings()
-    assert (settings["context_nm"], settings["train_context_nm"]) == (2000, 300)
+    assert settings["context_nm"] == dict.fromkeys(["8nm", "32nm"], 2000)
+    assert settings["train_context_nm"] == dict.fromkeys(["8nm", "32nm"], 300)
+
+
+def test_context_reaches_half_of_the_longest_patch_of_the_grid():
+    config = resolve("models: [segresnet_ds, swin_3d, segresnet_32nm]")
+    assert config.context_nm("8nm") == 256 / 2 * 8
+    assert config.context_nm("32nm") == 128 / 2 * 32
+    assert resolve("models: [segresnet_ds]").context_nm("8nm") == 512
+    assert config.fetch_settings()["context_nm"] == {"8nm": 1024, "32nm": 2048}
+    assert config.chunk_settings("32nm")["context_nm"] == 2048
+    assert resolve("{models: [segresnet_ds], grid: own, grids: {own: {voxel_nm: native}}}").context_nm("own") == 512
+
+
+def test_groups_that_teach_their_parts_must_be_formed_by_the_outputs():
+    outputs = [name for name in FOURTEEN if name != "ecs"]
+    base = f"classes: {[*FOURTEEN, 'mito', 'er']}\noverrides: {{segresnet_ds: {{classes: {outputs}, train: {{groups: [X]}}}}}}"
+    assert resolve(base.replace("X", "mito")).model("segresnet_ds").train["groups"] == ["mito"]
+    for group, fault in {
+        "lyso": "hold 'lyso', which `classes` lacks",
+        "pm": "hold 'pm', an output of the model",
+        "er": "hold 'er', whose parts are not all outputs",
+    }.items():
+        with pytest.raises(ConfigError, match=rf"train\.groups of model segresnet_ds {fault}"):
+            resolve(base.replace("X", group))
 
 
 def test_nnunet_datasets_have_three_digits():

@@ -211,6 +211,7 @@ def s3(url: str) -> dict:
 
 
 def settings(table, root, **changes) -> dict:
+    grids = changes.get("grids", {"8nm": [8, 8, 8]})
     return {
         "crops": str(table),
         "volumes": None,
@@ -219,10 +220,10 @@ def settings(table, root, **changes) -> dict:
         "classes": None,
         "em_path": EM,
         "labels_path": LABELS,
-        "grids": {"8nm": [8, 8, 8]},
+        "grids": grids,
         "max_upsample": 4,
-        "context_nm": 16,
-        "train_context_nm": 16,
+        "context_nm": dict.fromkeys(grids, 16),
+        "train_context_nm": dict.fromkeys(grids, 16),
         "max_train_gb": None,
         "workers": 8,
         "retries": 6,
@@ -473,7 +474,7 @@ def test_volumes_are_fetched_as_em_of_the_nearest_grid_alone(tree, tmp_path):
     )
     grids = {"8nm": [8, 8, 8], "16nm": [16, 16, 16]}
     asked = settings(None, tmp_path / "data", source=str(tree), crops=None, volumes=str(volumes), grids=grids)
-    record = fetch(tmp_path / "fetch.json", **{**asked, "context_nm": 0})
+    record = fetch(tmp_path / "fetch.json", **{**asked, "context_nm": dict.fromkeys(grids, 0)})
     assert record["crops"] == {}
     folder = tmp_path / "data" / "jrc_a/jrc_a.zarr" / EM
     assert [path.name for path in sorted(folder.iterdir())] == [".zattrs", ".zgroup", "s0", "s1", "s2"]
@@ -495,7 +496,7 @@ def test_sharded_arrays_come_shard_by_shard(tmp_path, ngff):
     array[:32] = 7
     (tmp_path / "crops.csv").write_text("crop\njrc_c/crop1\n")
     asked = settings(tmp_path / "crops.csv", tmp_path / "data", source=f"file://{tmp_path / 'source'}")
-    record = fetch(tmp_path / "fetch.json", **{**asked, "context_nm": 100})
+    record = fetch(tmp_path / "fetch.json", **{**asked, "context_nm": {"8nm": 100}})
     folder = tmp_path / "data/jrc_c/jrc_c.zarr" / EM / "s0"
     assert len([path for path in files_of(folder) if path.name != "zarr.json"]) == 1
     assert record["crops"]["jrc_c/crop1"]["absent_chunks"] == 0
@@ -666,9 +667,9 @@ def test_a_part_of_a_large_array_is_found_without_listing_the_whole(server, tree
 def test_the_budget_of_a_crop_does_not_depend_on_the_context_that_is_fetched(tree, one, tmp_path):
     # 8 x 8 x 8 voxels, and 2 more on each side: 2 * 12 ** 3 bytes with the context of the training store
     asked = settings(one, tmp_path / "data", source=str(tree), max_train_gb=3.5e-6)
-    rows = plan_fetch(**{**asked, "context_nm": 1000})
+    rows = plan_fetch(**{**asked, "context_nm": {"8nm": 1000}})
     assert [row["arrays"] for row in rows] == [3, 1]
-    rows = plan_fetch(**{**asked, "train_context_nm": 1000, "context_nm": 0})
+    rows = plan_fetch(**{**asked, "train_context_nm": {"8nm": 1000}, "context_nm": {"8nm": 0}})
     assert [row["arrays"] for row in rows] == [3, 0]
     assert "no EM for grid 8nm: image and labels of 8x8x8 voxels" in rows[1]["warning"]
     assert plan_table(rows).startswith("warning: jrc_a/crop1: no EM for grid 8nm")

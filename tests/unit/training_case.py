@@ -43,8 +43,11 @@ SETTINGS: dict[str, Any] = {
     "steps_per_epoch": 4,
     "validate_every": 1,
     "patience": None,
+    "smoothing": 0.0,
     "clip": 1.0,
     "loss": "dice_bce",
+    "loss_options": {},
+    "groups": [],
     "class_weights": "none",
     "deep_supervision": [1, 0.5, 0.25],
     "ema": True,
@@ -56,6 +59,7 @@ SETTINGS: dict[str, Any] = {
         ),
         "noise": 0.05,
     },
+    "planes": "all",
     "class_power": -0.5,
     "centred_fraction": 0.5,
     "seed": 0,
@@ -63,8 +67,11 @@ SETTINGS: dict[str, Any] = {
     "compile": False,
     "channels_last": False,
     "checkpoint_minutes": 0.0001,
+    "keep_every": None,
+    "stop_minutes": 5,
     "on_damage": "stop",
     "init_from": None,
+    "mlflow": None,
 }
 
 

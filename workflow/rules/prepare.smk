@@ -204,7 +204,7 @@ rule chunk:
         mem_mb=lambda wc, attempt: 24000 * attempt,
         runtime=480,
     params:
-        settings=canonical_json(CONFIG.chunk_settings()),
+        settings=lambda wc: canonical_json(CONFIG.chunk_settings(wc.grid)),
         version=CONFIG.version("chunk"),
         fetched=lambda wc: fetched(),
         nifti_dir=rules.convert.params.nifti_dir,

@@ -122,14 +122,14 @@ def em_boxes(
     *,
     is_volume: bool,
     max_upsample: float,
-    context_nm: float,
-    train_context_nm: float,
+    context_nm: Mapping[str, float],
+    train_context_nm: Mapping[str, float],
     max_train_gb: float | None,
 ) -> tuple[dict[str, Box], list[str]]:
     """Return the voxels of EM levels that are read for `target`, by the level's path, and why a grid needs none.
 
     image: all levels at the source. target: the labels' lattice, or the volume's. grids: voxel sizes by name; a crop is
-    brought to each of them, a volume to the nearest alone. context_nm: EM wanted on every side of the box's edges.
+    brought to each of them, a volume to the nearest alone. context_nm: EM wanted on every side of the box's edges, by grid.
     max_train_gb: a crop that takes more on a grid, with train_context_nm of EM round it, is not converted to it, so its
     EM is not fetched for it.
     """
@@ -144,8 +144,8 @@ def em_boxes(
         voxel_nm = None if isinstance(grids[grid], str) else sizes[grid]
         try:
             if not is_volume:
-                check_budget(target_lattice(target, voxel_nm), train_context_nm, max_train_gb)
-            plan = plan_crop(levels, target, voxel_nm, max_upsample=max_upsample, context_nm=context_nm)
+                check_budget(target_lattice(target, voxel_nm), train_context_nm[grid], max_train_gb)
+            plan = plan_crop(levels, target, voxel_nm, max_upsample=max_upsample, context_nm=context_nm[grid])
         except GeometryError as error:
             reasons.append(f"no EM for grid {grid}: {str(error).replace('on disk', 'at the source')}")
             continue

@@ -61,8 +61,8 @@ def plan_fetch(**settings: Any) -> list[dict[str, Any]]:
 
     settings: source (folder or URL of {dataset}/{dataset}.zarr) and options of its file system; root (folder to copy
     to); crops, volumes (tables, or None); classes (None = all that are listed); em_path, labels_path; grids (voxel size
-    in nm (z, y, x), or "native", by name), max_upsample, context_nm, train_context_nm (of the
-    training store), max_train_gb; workers, retries.
+    in nm (z, y, x), or "native", by name), max_upsample, context_nm and train_context_nm (that of the
+    training store) by grid, max_train_gb; workers, retries.
     Two rows per crop, `kind` labels and em; a chunk that several crops share is counted once. bytes_here: what of them
     need not be copied. Raises ConfigError for tables or a source that cannot be used.
     """
@@ -144,8 +144,8 @@ def _run(
     labels_path: str,
     grids: Mapping[str, VoxelSize],
     max_upsample: float,
-    context_nm: float,
-    train_context_nm: float,
+    context_nm: Mapping[str, float],
+    train_context_nm: Mapping[str, float],
     max_train_gb: float | None,
     workers: int,
     retries: int,
