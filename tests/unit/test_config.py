@@ -258,7 +258,8 @@ def test_context_reaches_half_of_the_longest_patch_of_the_grid():
 
 def test_groups_that_teach_their_parts_must_be_formed_by_the_outputs():
     outputs = [name for name in FOURTEEN if name != "ecs"]
-    base = f"classes: {[*FOURTEEN, 'mito', 'er']}\noverrides: {{segresnet_ds: {{classes: {outputs}, train: {{groups: [X]}}}}}}"
+    model = f"{{classes: {outputs}, train: {{groups: [X]}}}}"
+    base = f"classes: {[*FOURTEEN, 'mito', 'er']}\noverrides: {{segresnet_ds: {model}}}"
     assert resolve(base.replace("X", "mito")).model("segresnet_ds").train["groups"] == ["mito"]
     for group, fault in {
         "lyso": "hold 'lyso', which `classes` lacks",
