@@ -130,8 +130,8 @@ def em_boxes(
 
     image: all levels at the source. target: the labels' lattice, or the volume's. grids: voxel sizes by name; a crop is
     brought to each of them, a volume to the nearest alone. context_nm: EM wanted on every side of the box's edges, by
-    grid. max_train_gb: a crop that takes more on a grid, with train_context_nm of EM round it, is not converted to it, so its
-    EM is not fetched for it.
+    grid. max_train_gb: a crop that takes more on a grid, with its train_context_nm of EM round it, is not converted to
+    it, so its EM is not fetched for it.
     """
     sizes: dict[str, Vec3] = {
         name: target.voxel_nm if isinstance(size, str) else vec3(size) for name, size in grids.items()
