@@ -1,5 +1,5 @@
-"""The command `cellmap-pipe`: fetch data, score, pack and check submissions, make a synthetic challenge, all without
-Snakemake.
+"""The command `cellmap-pipe`: fetch data, score, pack and check submissions, make a synthetic challenge, import a
+network's architecture, all without Snakemake.
 
 Thin: every command calls one function of the library and prints what it returns. An error is one line on standard error
 and exit status 2; a submission with problems gives exit status 1.
@@ -56,6 +56,15 @@ def _phantom(arguments: argparse.Namespace) -> int:
 
     write_challenge(arguments.root, seed=arguments.seed, out_json=arguments.root / "phantom.json")
     _say(f"{arguments.root}: synthetic challenge of seed {arguments.seed}, described in phantom.json")
+    return 0
+
+
+def _import_architecture(arguments: argparse.Namespace) -> int:
+    from cellmap_pipe.training.architecture import import_architecture
+
+    codes = import_architecture(arguments.published, arguments.out, spatial_dims=arguments.spatial_dims)
+    paths = sum(map(sum, codes["arch_code_a"]))
+    _say(f"{arguments.out}: {paths} paths in {codes['num_blocks']} blocks of {codes['num_depths']} depths")
     return 0
 
 
@@ -148,7 +157,9 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; each command's function stands under `run`."""
     parser = argparse.ArgumentParser(
         prog="cellmap-pipe",
-        description="Fetch data, score, pack and check submissions, and make a synthetic challenge.",
+        description=(
+            "Fetch data, score, pack and check submissions, make a synthetic challenge, import architectures of DiNTS."
+        ),
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -213,6 +224,16 @@ def build_parser() -> argparse.ArgumentParser:
     phantom.add_argument("root", type=Path, help="folder to write")
     phantom.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     phantom.set_defaults(run=_phantom)
+
+    architecture = commands.add_parser(
+        "import-architecture", help="write an architecture of DiNTS published by MONAI as JSON"
+    )
+    architecture.add_argument("published", type=Path, help="file saved by MONAI's search, as Auto3DSeg's arch_code.pth")
+    architecture.add_argument(
+        "out", type=Path, help="JSON file to write, for `arguments: {architecture: ...}` of a model"
+    )
+    architecture.add_argument("--spatial-dims", type=int, choices=(2, 3), default=3, help="default: %(default)s")
+    architecture.set_defaults(run=_import_architecture)
     return parser
 
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from cellmap_pipe.classes import derivable, get_class
 from cellmap_pipe.errors import ConfigError
 from cellmap_pipe.schema import Fault, Key, Schema, load_yaml, nearest
-from cellmap_pipe.training.zoo import check_network
+from cellmap_pipe.training.zoo import check_network, with_architecture
 
 # Raise a stage's number whenever its code gives other results than before: library code triggers no rerun by itself.
 RESULT_VERSIONS: dict[str, int] = {
@@ -32,7 +32,9 @@ RESULT_VERSIONS: dict[str, int] = {
     "datalist": 1,
     "nnunet": 1,
     "chunk": 4,
-    "train": 2,
+    "network_check": 1,
+    "search": 1,
+    "train": 3,
     "predict": 2,
     "ensemble": 1,
     "segment": 2,
@@ -485,6 +487,12 @@ def _resolve_model(
 
         for fault in schema.faults(entries):
             raise ConfigError(_line(source(*fault.key), fault))
+        try:
+            # files that come with the project are named from its root
+            folders = (Path(), path.parents[2])
+            entries["arguments"] = with_architecture(entries["network"], entries["arguments"], folders)
+        except ConfigError as error:
+            raise ConfigError(f"{source('arguments', 'architecture')}: {error}") from None
         _check_model(path.stem, entries, values, source)
     except ConfigError as error:
         return error

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import time
 from pathlib import Path
 
@@ -60,9 +61,9 @@ def test_the_challenge_configuration_has_every_tested_class():
     assert sorted(config.classes) == sorted(TESTED)
 
 
-def test_the_comparison_has_every_model():
+def test_the_comparison_has_every_model_but_the_presets_of_one_grid():
     config = resolve((ROOT / "config" / "comparison.yaml").read_text())
-    assert sorted(config.models) == sorted(config.resolved)
+    assert sorted(config.models) == sorted(name for name in config.resolved if not name.endswith("_8nm"))
 
 
 def test_loading_costs_little():
@@ -278,3 +279,15 @@ def test_nnunet_datasets_have_three_digits():
 def test_each_grid_is_an_nnunet_dataset_of_its_own():
     config = resolve("nnunet: {dataset_id: 7}")
     assert [config.nnunet_settings(grid)["name"] for grid in config.grids] == ["Dataset007_8nm", "Dataset008_32nm"]
+
+
+def test_a_model_holds_its_architecture_and_not_the_name_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a file that comes with the project is found from anywhere
+    shipped = resolve().model("dints").arguments["architecture"]
+    assert shipped["num_blocks"] == 12
+    with pytest.raises(ConfigError, match=r"architecture 'mine\.json' does not exist"):
+        resolve("overrides: {dints: {arguments: {architecture: mine.json}}}").model("dints")
+    own = {**shipped, "arch_code_c": [[1] * 10] * 12}
+    (tmp_path / "mine.json").write_text(json.dumps({"format": 1, "source": "a test", **own}))
+    config = resolve("overrides: {dints: {arguments: {architecture: mine.json}}}")
+    assert config.model("dints").training_settings()["arguments"]["architecture"] == own

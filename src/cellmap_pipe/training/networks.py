@@ -1,16 +1,21 @@
 """Networks by name, with one face: a list of logits (full resolution first) in training, one tensor in evaluation."""
 
+import functools
+import importlib
 import inspect
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import monai.networks.nets
 import torch
+from monai.networks.nets import dints
 from torch import Tensor, nn
 
 from cellmap_pipe.errors import ConfigError
-from cellmap_pipe.training.zoo import check_network, constructor_arguments
+from cellmap_pipe.training.architecture import path_ends
+from cellmap_pipe.training.zoo import DYNAMIC, check_network, constructor_arguments, get_network
 
 logger = logging.getLogger(__name__)
 
@@ -56,25 +61,157 @@ def build_network(
     patch: (z, y, x) voxels it will be trained on. Raises ConfigError if name, arguments or patch do not fit.
     """
     check_network(network, arguments, spatial_dims, patch)
-    constructor = getattr(monai.networks.nets, network)
+    construct = constructor(network)
     try:
-        built = constructor(
+        built = construct(
             in_channels=in_channels,
             out_channels=n_classes,
             **constructor_arguments(network, arguments, patch, spatial_dims),
         )
     except (TypeError, ValueError, KeyError, AssertionError, IndexError, NotImplementedError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{network} cannot be built with arguments {dict(arguments)}: {message}") from error
+        shown = {name: value for name, value in arguments.items() if name != "architecture"}
+        raise ConfigError(f"{network} cannot be built with arguments {shown}: {message}") from error
+    name_once(built)
     return SegmentationNetwork(built, spatial_dims)
+
+
+def constructor(network: str) -> Callable[..., nn.Module]:
+    """Return what builds a network from in_channels, out_channels and `zoo.constructor_arguments`.
+
+    Raises ConfigError if its library is not installed.
+    """
+    if network == "DiNTS":
+        return build_dints
+    if get_network(network).library == DYNAMIC:
+        return functools.partial(_build_dynamic, getattr(_dynamic_library(network), network))
+    named: Callable[..., nn.Module] = getattr(monai.networks.nets, network)
+    return named
+
+
+class Topology(nn.Module):
+    """The lattice of DiNTS with the paths of one architecture, as monai's TopologyInstance and with its weights' names.
+
+    It asks no tensor which paths are active: that would wait for the GPU, and fails where tensors have no values.
+    architecture: the keys of training.architecture.CODES. Takes and returns one feature map per depth, or 0.0.
+    """
+
+    def __init__(
+        self, architecture: Mapping[str, Any], channel_mul: float, use_downsample: bool, act_name: Any, norm_name: Any
+    ) -> None:
+        super().__init__()
+        dims, self.num_depths = architecture["spatial_dims"], architecture["num_depths"]
+        self.num_blocks = architecture["num_blocks"]
+        self.filter_nums = [int(32 * 2**depth * channel_mul) for depth in range(self.num_depths + 1)]
+        self.cell_tree = nn.ModuleDict()
+        self.paths: list[list[tuple[str, int, int]]] = []
+        operations = len(dints.Cell.OPS2D if dims == 2 else dints.Cell.OPS3D)
+        for block, active in enumerate(architecture["arch_code_a"]):
+            self.paths.append([])
+            for number, (start, end) in enumerate(path_ends(self.num_depths)):
+                if not active[number]:
+                    continue
+                name, chosen = str((block, number)), architecture["arch_code_c"][block][number]
+                self.cell_tree[name] = dints.Cell(
+                    self.filter_nums[start + use_downsample],
+                    self.filter_nums[end + use_downsample],
+                    start - end,  # 1 doubles the resolution, -1 halves it
+                    [int(operation == chosen) for operation in range(operations)],
+                    dims,
+                    act_name,
+                    norm_name,
+                )
+                self.paths[block].append((name, start, end))
+
+    def forward(self, maps: list[Any]) -> list[Any]:
+        for paths in self.paths:
+            made: list[Any] = [0.0] * self.num_depths
+            for name, start, end in paths:
+                made[end] = made[end] + self.cell_tree[name](maps[start], None)
+            maps = made
+        return maps
+
+
+def build_dints(
+    in_channels: int,
+    out_channels: int,
+    spatial_dims: int,
+    architecture: Mapping[str, Any],
+    channel_mul: float = 1.0,
+    use_downsample: bool = True,
+    act_name: Any = "RELU",
+    norm_name: Any = ("INSTANCE", {"affine": True}),
+) -> nn.Module:
+    """Return monai's DiNTS with the paths and operations of an architecture, see training.architecture."""
+    return dints.DiNTS(
+        dints_space=Topology(architecture, channel_mul, use_downsample, act_name, norm_name),
+        in_channels=in_channels,
+        num_classes=out_channels,
+        act_name=act_name,
+        norm_name=norm_name,
+        spatial_dims=spatial_dims,
+        use_downsample=use_downsample,
+        node_a=architecture["node_a"],
+    )
+
+
+def _dynamic_library(network: str) -> ModuleType:
+    """Return the module of dynamic_network_architectures that holds the networks; it imports without torchvision."""
+    try:
+        return importlib.import_module(f"{DYNAMIC}.architectures.unet")
+    except ImportError as error:
+        raise ConfigError(
+            f"{network} needs the package {DYNAMIC} ({error}), which the extra `resenc` of cellmap_pipe names; install "
+            f"it by `pip install --no-deps {DYNAMIC}`: with its dependencies comes a torchvision that may not fit torch"
+        ) from error
+
+
+def _build_dynamic(network: Any, in_channels: int, out_channels: int, spatial_dims: int, **arguments: Any) -> nn.Module:
+    """Return a network with the operations that nnU-Net gives it, its weights drawn as nnU-Net does."""
+    built: nn.Module = network(
+        input_channels=in_channels,
+        num_classes=out_channels,
+        conv_op=nn.Conv2d if spatial_dims == 2 else nn.Conv3d,
+        norm_op=nn.InstanceNorm2d if spatial_dims == 2 else nn.InstanceNorm3d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+        **arguments,
+    )
+    return built.apply(network.initialize)
+
+
+def name_once(network: nn.Module) -> None:
+    """Have every weight under one name: averaged once per step, and saved once.
+
+    DynUNet and the networks of dynamic_network_architectures hold modules twice: as an attribute and in a sequence, or
+    in encoder and decoder. The second holder keeps its attribute, which is no part of the tree of modules any more.
+    """
+    ordered = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    kept = {id(child) for parent in network.modules() if isinstance(parent, ordered) for child in parent.children()}
+    for parent in list(network.modules()):
+        if isinstance(parent, ordered):
+            continue
+        for name, child in list(parent._modules.items()):
+            if child is None:
+                continue
+            if id(child) in kept:
+                del parent._modules[name]
+                object.__setattr__(parent, name, child)
+            kept.add(id(child))
 
 
 def library_arguments(network: str) -> set[str]:
     """Return the argument names of the library's constructor, for comparison with the allow-list."""
-    constructor = getattr(monai.networks.nets, network)
-    if not inspect.isclass(constructor):
-        constructor = monai.networks.nets.mednext.create_mednext
-    return set(inspect.signature(constructor).parameters)
+    if network == "DiNTS":
+        both = (dints.DiNTS, dints.TopologyInstance)
+        return {"architecture"}.union(*(inspect.signature(part).parameters for part in both))
+    construct: Callable[..., Any] = constructor(network)
+    if isinstance(construct, functools.partial):
+        construct = construct.args[0]
+    if not inspect.isclass(construct):
+        construct = monai.networks.nets.mednext.create_mednext
+    return set(inspect.signature(construct).parameters)
 
 
 def freeze_unused(network: nn.Module, image: Tensor) -> list[str]:

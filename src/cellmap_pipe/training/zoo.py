@@ -1,21 +1,27 @@
 """Which networks can be trained, which arguments they take and which patch sizes they accept, without importing any.
 
-The networks are classes of `monai.networks.nets`. Checking a configuration must cost milliseconds, and importing torch
-and MONAI costs seconds, so what they would say about a patch is written down here; a test compares it with the library.
+The networks are classes of `monai.networks.nets` and of `dynamic_network_architectures`. Checking a configuration must
+cost milliseconds and work without the latter, and importing torch and MONAI costs seconds, so what they would say about
+a patch is written down here; a test compares it with the libraries.
 """
 
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cellmap_pipe.errors import ConfigError
+from cellmap_pipe.training.architecture import check_architecture, load_architecture
 
 Steps = tuple[int, ...]
 
 # What the pipeline itself passes to every constructor.
 RESERVED = frozenset({"spatial_dims", "in_channels", "out_channels", "img_size"})
+
+# Libraries that networks come from; the second is optional, see `networks`.
+MONAI, DYNAMIC = "monai", "dynamic_network_architectures"
 
 FLEXIBLE_UNET_BACKBONES = tuple(
     [f"resnet{depth}" for depth in (10, 18, 34, 50, 101, 152, 200)]
@@ -30,7 +36,7 @@ class Network:
     arguments: names of the constructor arguments that a configuration may set; required: those it must set;
     defaults: values that differ from the library's own. reduction: per axis, how many voxels of the patch become one
     at the coarsest level. divisible: whether the patch must be divisible by that. normalised: whether the coarsest
-    level is normalised over its voxels in training, so that one voxel is not enough there.
+    level is normalised over its voxels in training, so that one voxel is not enough there. library: whose it is.
     """
 
     arguments: frozenset[str]
@@ -39,6 +45,7 @@ class Network:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     divisible: bool = True
     normalised: bool = True
+    library: str = MONAI
 
 
 def _halvings(key: str, default: int, undivided: int) -> Callable[[Mapping[str, Any], int], Steps]:
@@ -70,6 +77,12 @@ def _swin(arguments: Mapping[str, Any], spatial_dims: int) -> Steps:
     return (int(arguments.get("patch_size", 2)) ** 5,) * spatial_dims
 
 
+def _dints(arguments: Mapping[str, Any], spatial_dims: int) -> Steps:
+    """Return the reduction of DiNTS: a halving before the lattice, if `use_downsample`, and one per depth below."""
+    depths = int(arguments["architecture"]["num_depths"])
+    return (2 ** (depths - 1 + int(arguments.get("use_downsample", True))),) * spatial_dims
+
+
 def _sequence(arguments: Mapping[str, Any], key: str) -> Sequence[Any]:
     value = arguments[key]
     if not isinstance(value, list | tuple) or not value:
@@ -81,9 +94,30 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+_DYNAMIC_ARGUMENTS = (
+    "n_stages features_per_stage kernel_sizes strides n_conv_per_stage_decoder conv_bias deep_supervision"
+)
+
+
+def _dynamic(own: str) -> Network:
+    """Return a network of dynamic_network_architectures with `own` arguments, of which the first is required."""
+    return Network(
+        arguments=_names(f"{_DYNAMIC_ARGUMENTS} {own}"),
+        reduction=_strides,
+        required=(*_DYNAMIC_ARGUMENTS.split()[:5], own.split()[0]),
+        defaults={"conv_bias": True},
+        library=DYNAMIC,
+    )
+
+
 _MEDNEXT = Network(arguments=_names("kernel_size deep_supervision"), reduction=_fixed(16))
 
 NETWORKS: Mapping[str, Network] = {
+    "AttentionUnet": Network(
+        arguments=_names("channels strides kernel_size up_kernel_size dropout"),
+        reduction=_strides,
+        required=("channels", "strides"),
+    ),
     "AutoEncoder": Network(
         arguments=_names(
             "channels strides kernel_size up_kernel_size num_res_units inter_channels inter_dilations num_inter_units "
@@ -98,6 +132,11 @@ NETWORKS: Mapping[str, Network] = {
         reduction=_fixed(16),
         defaults={"norm": ("instance", {"affine": True})},
         divisible=False,
+    ),
+    "DiNTS": Network(
+        arguments=_names("architecture channel_mul use_downsample act_name norm_name"),
+        reduction=_dints,
+        required=("architecture",),
     ),
     "DynUNet": Network(
         arguments=_names(
@@ -128,6 +167,9 @@ NETWORKS: Mapping[str, Network] = {
     "MedNeXtL": _MEDNEXT,
     "MedNeXtM": _MEDNEXT,
     "MedNeXtS": _MEDNEXT,
+    "PlainConvUNet": _dynamic("n_conv_per_stage nonlin_first"),
+    "ResidualEncoderUNet": _dynamic("n_blocks_per_stage stem_channels"),
+    "ResidualUNet": _dynamic("n_blocks_per_stage stem_channels"),
     "SegResNet": Network(
         arguments=_names(
             "init_filters dropout_prob act norm norm_name num_groups use_conv_final blocks_down blocks_up upsample_mode"
@@ -163,6 +205,10 @@ NETWORKS: Mapping[str, Network] = {
         required=("channels", "strides"),
         defaults={"norm": "INSTANCE"},
     ),
+    "VNet": Network(
+        arguments=_names("act dropout_prob_down dropout_prob_up dropout_dim bias"),
+        reduction=_fixed(16),
+    ),
 }
 
 
@@ -185,6 +231,18 @@ def constructor_arguments(
     """
     sizes = {"img_size": tuple(patch)[-spatial_dims:]} if network == "UNETR" else {}
     return {**get_network(network).defaults, **arguments, **sizes, "spatial_dims": spatial_dims}
+
+
+def with_architecture(network: str, arguments: Mapping[str, Any], folders: Sequence[Path]) -> dict[str, Any]:
+    """Return `arguments` with the content of the architecture file that they name, if the network takes one.
+
+    The content, not the path, is what a training is made of: a changed file trains anew, and the trained model can be
+    built without it. folders: where a relative path is looked for. Raises ConfigError, see `load_architecture`.
+    """
+    named = arguments.get("architecture")
+    if network != "DiNTS" or not isinstance(named, str):
+        return dict(arguments)
+    return {**arguments, "architecture": load_architecture(named, folders)}
 
 
 def divisor(network: str, arguments: Mapping[str, Any], spatial_dims: int = 3) -> int:
@@ -212,8 +270,26 @@ def check_arguments(network: str, arguments: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"arguments.backbone '{arguments['backbone']}' is unknown; allowed: {', '.join(FLEXIBLE_UNET_BACKBONES)}"
         )
+    if network == "DiNTS":
+        check_architecture(arguments["architecture"], "arguments.architecture")
+    if known.library == DYNAMIC or network == "DynUNet":
+        _check_strides(network, arguments)
     if arguments.get("pretrained"):
         raise ConfigError(f"arguments.pretrained of {network} would download weights; set it to false")
+
+
+def _check_strides(network: str, arguments: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless a U-Net of stages has a stride for each, and outputs at full resolution."""
+    strides = _sequence(arguments, "strides")
+    if arguments.get("n_stages", len(strides)) != len(strides):
+        raise ConfigError(
+            f"arguments.strides has {len(strides)} entries for n_stages {arguments['n_stages']}; give one per stage"
+        )
+    if strides[0] not in (1, [1] * 2, [1] * 3):
+        raise ConfigError(
+            f"arguments.strides begins with {strides[0]}: {network} would not give its outputs at full resolution; "
+            "begin with 1"
+        )
 
 
 def check_patch(network: str, arguments: Mapping[str, Any], patch: Sequence[int], spatial_dims: int = 3) -> None:
@@ -246,4 +322,9 @@ def check_patch(network: str, arguments: Mapping[str, Any], patch: Sequence[int]
 def check_network(network: str, arguments: Mapping[str, Any], spatial_dims: int, patch: Sequence[int]) -> None:
     """Raise ConfigError if the network, its arguments or the patch (z, y, x voxels) cannot be trained."""
     check_arguments(network, arguments)
+    if network == "DiNTS" and arguments["architecture"]["spatial_dims"] != spatial_dims:
+        raise ConfigError(
+            f"arguments.architecture is one of spatial_dims {arguments['architecture']['spatial_dims']}; it does not "
+            f"fit a network of spatial_dims {spatial_dims}"
+        )
     check_patch(network, arguments, patch, spatial_dims)
