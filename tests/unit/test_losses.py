@@ -203,6 +203,25 @@ def test_passes_add_up_to_the_joint_batch() -> None:
     assert (found - expected).norm() <= 1e-6 * expected.norm()
 
 
+def test_passes_with_groups_add_up_to_the_joint_batch() -> None:
+    random = torch.Generator().manual_seed(3)
+    logits = torch.randn(4, 3, 8, 8, generator=random, requires_grad=True)
+    target, known = (torch.rand(4, 5, 8, 8, generator=random) > 0.5 for _ in range(2))
+    known[0, 3] = False  # no voxel of the first group in the first sample
+    known[1, :3] = True  # parts known everywhere: nothing to learn from groups
+    weight = torch.tensor([1.0, 0.3, 0.7, 1.0])
+    loss = build_loss({"class_weights": [1, 2, 5]}, 3, groups=[[0, 1], [1, 2]])
+    joint = loss(logits, target, known, weight)
+    (expected,) = torch.autograd.grad(joint, logits)
+    passes = [slice(0, 1), slice(1, 2), slice(2, 4)]
+    totals = torch.stack([loss.totals(target[part], known[part], weight[part]) for part in passes]).sum(0)
+    assert totals.tolist() == pytest.approx([8 * 3.0, 8 * 3.0, 1.5 * 1.7 + 3.5 * 2.7])
+    values = [loss(logits[part], target[part], known[part], weight[part], totals) for part in passes]
+    (found,) = torch.autograd.grad(torch.stack(values).sum(), logits)
+    assert float(sum(values).detach()) == pytest.approx(float(joint.detach()), rel=1e-6)  # type: ignore[union-attr]
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+
+
 def test_two_ranks_have_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
     _, target, known = batch(9, (4, 3, 8, 8, 8))
     known[:2, 0] = 0  # what a rank knows differs from what the batch knows
@@ -225,7 +244,7 @@ def test_two_ranks_have_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
 
 
 def test_unknown_preset_or_wrong_number_of_weights_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"train\.loss 'dice' is unknown; allowed: dice_bce"):
+    with pytest.raises(ConfigError, match=r"train\.loss 'dice' is unknown; allowed: .*dice_bce"):
         build_loss({"loss": "dice"}, 3)
     with pytest.raises(ConfigError, match="2 entries for 3 classes"):
         build_loss({"class_weights": [1, 2]}, 3)
@@ -240,3 +259,173 @@ def test_no_deep_supervision_is_the_first_output_alone() -> None:
         assert build_loss({"deep_supervision": none}, 3)(heads, target, known) == build_loss({}, 3)(
             logits, target, known
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": 0, "beta": 0}, "alpha and beta are both 0"),
+        ({"gamma": -1}, r"train\.loss_options\.gamma is -1"),
+        ({"tau": math.nan}, r"train\.loss_options\.tau is nan"),
+        ({"beta": "high"}, r"train\.loss_options\.beta is 'high'"),
+        ({"adjustment": "multiply"}, r"adjustment 'multiply' is unknown; allowed: add, subtract"),
+        ({"delta": 1}, r"train\.loss_options: 'delta' is unknown; allowed: alpha, beta"),
+    ],
+)
+def test_options_that_make_no_loss_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_loss({"loss_options": options}, 3)
+
+
+def test_presets_are_options_by_name() -> None:
+    logits, target, known = batch(12)
+    options = {
+        "tversky_bce": {"alpha": 0.3, "beta": 0.7},
+        "dice_focal": {"gamma": 2},
+        "balanced_tversky": {"alpha": 0.6, "beta": 0.4, "tau": 0.5},
+    }
+    found = {"dice_bce": float(build_loss({}, 3)(logits.detach(), target, known))}
+    for preset, changes in options.items():
+        losses = [build_loss({"loss": preset}, 3), build_loss({"loss_options": changes}, 3)]
+        for loss in losses:
+            loss.observe(loss.counts(target, known))
+        values = [float(loss(logits.detach(), target, known)) for loss in losses]
+        assert values[0] == values[1]
+        found[preset] = values[0]
+    assert len(set(found.values())) == 4
+
+
+def test_focal_loss_is_that_of_the_paper() -> None:
+    logits, target, known = batch(13)
+    target[:] = 0  # no overlap term
+    value = build_loss({"loss": "dice_focal"}, 3)(logits, target, torch.ones_like(known))
+    p = torch.sigmoid(logits.detach())
+    assert float(value.detach()) == pytest.approx(float((-(p**2) * torch.log(1 - p)).mean()), rel=1e-5)
+
+
+def test_prior_is_the_positive_share_of_annotated_voxels() -> None:
+    loss = build_loss({"loss_options": {"tau": 0.5}}, 3)
+    assert loss.adjusted
+    assert loss.adjustment().tolist() == [0, 0, 0]
+    target = torch.tensor([1, 0, 0, 0, 1, 1, 1, 1]).view(2, 1, 4).expand(2, 3, 4)
+    known = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0]).view(2, 1, 4).repeat(1, 3, 1)
+    known[:, 1] = 0
+    known[:, 2] = 1
+    counts = loss.counts(target, known)
+    assert counts.tolist() == [[1, 0, 5], [4, 0, 8]]
+    loss.observe(counts)
+    wanted = [0.5 * math.log(1 / 3), 0, 0.5 * math.log(5 / 3)]
+    assert loss.adjustment().tolist() == pytest.approx(wanted)
+    loss.observe(torch.tensor([[0.0, 3, 0], [0, 3, 0]]))  # nothing known of two classes, all of one positive
+    assert loss.adjustment().tolist() == pytest.approx([wanted[0], 2, wanted[2]])
+    loss.observe(1e9 * torch.tensor([[0.0, 0, 1], [1, 0, 2]]))
+    assert loss.adjustment().tolist() == pytest.approx([-2, 2, 0], abs=1e-4)
+
+
+def test_prior_forgets_and_is_saved_but_the_weights_are_not() -> None:
+    settings = {"loss": "balanced_tversky", "class_weights": [1, 2]}
+    loss = build_loss(settings, 2)
+    for _ in range(3000):
+        loss.observe(torch.tensor([[50.0, 90], [100, 100]]))
+    before = loss.adjustment()
+    for _ in range(6000):
+        loss.observe(torch.tensor([[10.0, 10], [100, 100]]))
+    assert before.tolist() == pytest.approx([0, 0.5 * math.log(9)])
+    assert loss.adjustment().tolist() == pytest.approx([0.5 * math.log(1 / 9)] * 2, rel=0.05)
+    state = loss.state_dict()
+    assert {str(value.dtype) for value in state.values()} == {"torch.float64"}
+    again = build_loss({**settings, "class_weights": [3, 4]}, 2)
+    again.load_state_dict(state)
+    assert again.adjustment().equal(loss.adjustment())
+    assert again.class_weights.tolist() == [3, 4]
+
+
+def test_rare_class_gets_higher_logits_by_adding_and_lower_by_subtracting() -> None:
+    target = torch.zeros(1, 1, 1000)
+    target[..., :100] = 1
+    known = torch.ones_like(target)
+
+    def learnt(**options: object) -> float:
+        loss = build_loss({"loss_options": options}, 1)
+        loss.observe(loss.counts(target, known))
+        bias = torch.zeros(1, requires_grad=True)
+        for _ in range(100):
+            (gradient,) = torch.autograd.grad(loss(bias.expand(1, 1, 1000), target, known), bias)
+            bias = (bias - 5 * gradient).detach().requires_grad_()
+        return float(bias.detach())
+
+    shift = 0.5 * math.log(0.1 / 0.9)
+    assert learnt(tau=0.5) == pytest.approx(learnt() - shift, abs=1e-3)
+    assert learnt(tau=0.5, adjustment="subtract") == pytest.approx(learnt() + shift, abs=1e-3)
+
+
+def test_automatic_weights_follow_rarity_within_a_factor_of_ten() -> None:
+    prevalence = [0.09, 0.01, 0.04, math.nan, 0.0, 1e-9]
+    weights = build_loss({"class_weights": "auto"}, 6, prevalence=prevalence).class_weights.tolist()
+    assert sum(weights) == pytest.approx(6)
+    ratios = [weight / weights[0] for weight in weights]
+    middle = (5 + 10) / 2 * 0.3  # the median of 10/3, 10, 5 and 31623, over the first
+    assert ratios == pytest.approx([1, 3, 1.5, middle, middle, 10 * middle])
+    assert build_loss({"class_weights": "auto"}, 2, prevalence=[math.nan] * 2).class_weights.tolist() == [1, 1]
+    with pytest.raises(ConfigError, match=r"train\.class_weights auto needs the classes' prevalence"):
+        build_loss({"class_weights": "auto"}, 3)
+
+
+def test_group_raises_its_parts_where_they_are_unknown_and_only_there() -> None:
+    """Voxels: parts unknown; a part known present; one part known absent; all absent; group absent; group unknown."""
+    target = torch.tensor([[0, 1, 0, 0, 0, 0], [0] * 6, [0] * 6, [1, 1, 1, 1, 0, 1]]).view(1, 4, 6)
+    known = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0], [0] * 6, [1, 1, 1, 1, 1, 0]]).view(1, 4, 6)
+    logits = torch.zeros(1, 3, 6, requires_grad=True)
+    loss = build_loss({}, 3, groups=[[0, 1]])
+    with_group = torch.autograd.grad(loss(logits, target, known), logits)[0]
+    classes_alone = torch.autograd.grad(build_loss({}, 3)(logits, target[:, :3], known[:, :3]), logits)[0]
+    term = with_group - classes_alone
+    # two voxels: -log(1 - 1/4) by both parts, -log(1/2) by the only one possible
+    wanted = torch.zeros(3, 6)
+    wanted[:2, 0], wanted[1, 2] = -(1 / 2) / 3 / 2, -(1 / 2) / 2
+    torch.testing.assert_close(term[0], wanted)
+
+
+def test_coarser_outputs_learn_nothing_from_groups() -> None:
+    fine, coarse = torch.zeros(1, 2, 4, requires_grad=True), torch.zeros(1, 2, 2, requires_grad=True)
+    known = torch.tensor([0, 0, 1]).view(1, 3, 1).expand(1, 3, 4)
+    loss = build_loss({"deep_supervision": [1, 1]}, 2, groups=[[0, 1]])
+    of_fine, of_coarse = torch.autograd.grad(loss([fine, coarse], torch.ones_like(known), known), [fine, coarse])
+    assert torch.all(of_fine < 0)
+    assert torch.all(of_coarse == 0)
+
+
+def test_group_without_parts_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train\.groups: entry 2 has no parts"):
+        build_loss({}, 3, groups=[[0, 1], []])
+    with pytest.raises(ValueError, match=r"\[3\] has parts that are none of 3 classes"):
+        build_loss({}, 3, groups=[[3]])
+
+
+def test_voxels_known_by_their_group_alone_teach_a_part_to_be_found() -> None:
+    """A part looks in two ways, one of which is annotated as the group only, among voxels that the other part is not.
+
+    Features: one for each look of the first part, one for the second part.
+    """
+    random = torch.Generator().manual_seed(0)
+    look = torch.randint(0, 4, (1000,), generator=random)  # 0 and 1: of the first part, 2: the second, 3: neither
+    features = (torch.nn.functional.one_hot(look, 4).T[:3] + 0.1 * torch.randn(3, 1000, generator=random))[None]
+    target = torch.stack([look < 2, look == 2, look < 3])[None]
+    known = torch.ones_like(target)
+    known[0, 0, look == 1] = False
+
+    def recall(groups: list[list[int]]) -> float:
+        torch.manual_seed(0)
+        layer = torch.nn.Conv1d(3, 2, 1)
+        optimizer = torch.optim.Adam(layer.parameters(), 0.05)
+        loss = build_loss({}, 2, groups=groups)
+        channels = 2 + len(groups)
+        for _ in range(200):
+            optimizer.zero_grad()
+            loss(layer(features), target[:, :channels], known[:, :channels]).backward()
+            optimizer.step()
+        with torch.no_grad():
+            return float((layer(features)[0, 0, look < 2] > 0).float().mean())
+
+    assert recall([]) < 0.7
+    assert recall([[0, 1]]) > 0.95
