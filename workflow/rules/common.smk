@@ -87,7 +87,12 @@ def require_data():
     """
     root = Path(CONFIG.data.root)
     listed = Path("results/crops.csv").is_file()
-    fetching = {"fetch", "fetch_plan", "results/fetch.json"}.intersection(sys.argv)
+    fetching = {
+        "fetch",
+        "fetch_plan",
+        "results/fetch.json",
+        "network_checks",
+    }.intersection(sys.argv)
     if not (CONFIG.data.phantom or listed or fetching or root.is_dir()):
         refuse(
             f"data.root: '{root}' does not exist (looked in {Path.cwd()}); set data.root, in a file given by"

@@ -1,8 +1,36 @@
+rule network_check:
+    output:
+        "results/networks/{model}.json",
+    log:
+        "logs/network_check/{model}.log",
+    retries: 0
+    conda:
+        "../envs/cellmap_pipe.yaml"
+    resources:
+        mem_mb=6000,
+        runtime=30,
+    params:
+        settings=lambda wc: canonical_json(model_of(wc).training_settings()),
+        gpu_gb=lambda wc: model_of(wc).training_job.gpu_gb,
+        gpus=lambda wc: model_of(wc).training_job.gpus,
+        version=CONFIG.version("network_check"),
+    script:
+        "../scripts/network_check.py"
+
+
+rule network_checks:
+    input:
+        expand(rules.network_check.output, model=MODELS),
+    localrule: True
+
+
 rule train:
     input:
         datalist=lambda wc: f"results/datalist/{model_of(wc).grid}/fold{wc.fold}.json",
         index=lambda wc: f"results/chunks/{model_of(wc).grid}/index.json",
         begin=lambda wc: given(model_of(wc).train["init_from"]),
+        # what it finds has no influence on the weights, but a network that fails it is not worth a GPU
+        network=ancient(rules.network_check.output[0]),
     output:
         weights="results/train/{model}/fold{fold}/model.pt",
         metrics="results/train/{model}/fold{fold}/metrics.json",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cellmap_pipe.files import write_json
+from cellmap_pipe.training.lease import LAUNCHER, assign_gpus
 
 MODULE = "cellmap_pipe.training.main"
 
@@ -28,10 +29,14 @@ def command(request_path: Path, processes: int) -> list[str]:
 def launch(request: Mapping[str, Any], log: str, processes: int, threads: int) -> NoReturn:
     """Replace this process by the training that `request` describes.
 
-    exec, so that the scheduler's signals reach the training itself. log: the rule's log file. processes: one per GPU,
-    at least 1. threads: CPU cores of the job, shared by the processes.
+    exec, so that the scheduler's signals reach the training itself, and so that what this process holds is held until
+    the training ends: the lease of its GPUs, which are waited for here unless the request's `device` is cpu.
+    log: the rule's log file. processes: one per GPU, at least 1. threads: CPU cores of the job, shared by the
+    processes. Raises TrainingError if there are fewer GPUs than processes (on a machine without any, the CPU trains).
     """
     processes = max(processes, 1)
+    if request["device"] != "cpu":
+        assign_gpus(processes, {"model": request["model"], "fold": request["fold"]})
     each = max(threads // processes, 1)
     path = Path(request["run_dir"]) / "request.json"
     write_json(path, {**request, "log": log, "threads": each})
@@ -39,6 +44,10 @@ def launch(request: Mapping[str, Any], log: str, processes: int, threads: int) -
     os.environ["OMP_NUM_THREADS"] = str(each)
     # not the option of that name: versions of torchrun that do not know the variable pass over it
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
+    if processes > 1:
+        os.environ[LAUNCHER] = str(os.getpid())
+    else:
+        os.environ.pop(LAUNCHER, None)
     sys.stdout.flush()
     sys.stderr.flush()
     arguments = command(path, processes)
