@@ -14,6 +14,7 @@ from cellmap_pipe.training.augment import (
     Variation,
     affine_matrix,
     exchangeable_axes,
+    isotropic,
     permutations,
     turnable_axes,
 )
@@ -56,6 +57,14 @@ def test_anisotropic_voxels_or_patches_exchange_the_axes_of_their_plane_only(
 
 def test_axes_that_all_differ_stay() -> None:
     assert permutations(exchangeable_axes((30, 8, 4), PATCH)) == [(0, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("voxel_nm", "found"),
+    [((8, 8, 8), True), ((8, 8.07, 8), True), ((8, 8, 8.1), False), ((8.1, 8, 8), False), ((8, 8, 4), False)],
+)
+def test_voxels_are_isotropic_to_one_percent(voxel_nm: tuple[float, ...], found: bool) -> None:
+    assert isotropic(voxel_nm) is found
 
 
 def test_each_crop_has_the_symmetries_of_its_own_voxels() -> None:

@@ -1,13 +1,14 @@
 """A checkpoint is complete or it is not used."""
 
-import errno
 import logging
+import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from cellmap_pipe.files import file_digest
 from cellmap_pipe.training import checkpoint
 
 
@@ -54,18 +55,42 @@ def test_damaged_one_is_passed_over_for_the_one_before(
     assert f"{path} is damaged" in caplog.text
 
 
-def test_failed_write_leaves_nothing_and_keeps_what_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", [0, 500, 3000])
+def test_failed_write_leaves_nothing_and_keeps_what_was(tmp_path: Path, limit: int) -> None:
     checkpoint.save(tmp_path, 1, state(1))
-
-    def full(self: Path, data: bytes) -> int:
-        with self.open("wb") as stream:
-            stream.write(data[:50])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(tmp_path, 2, state(2))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        for write in (checkpoint.save, lambda folder, _, content: checkpoint.write_model(folder / "best.pt", content)):
+            with pytest.raises(OSError, match="File too large"):
+                write(tmp_path, 2, {**state(2), "more": torch.zeros(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name[:13] for path in tmp_path.iterdir()] == ["step000000001"]
+
+
+def test_chosen_steps_are_kept_for_good(tmp_path: Path) -> None:
+    for step in (0, 3, 4, 6, 7, 8, 8, 10, 10):
+        checkpoint.save(tmp_path, step, state(step), keep_every=4)
+    assert [int(path.name[4:13]) for path in sorted(tmp_path.iterdir())] == [4, 8, 10]
+
+
+def test_damaged_one_of_a_later_step_goes_before_good_ones_do(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 8, state(8))
+    checkpoint.save(tmp_path, 10, state(10)).write_bytes(b"torn")
+    checkpoint.save(tmp_path, 9, state(9)).write_bytes(b"torn, too")
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert found["step"] == 8
+
+
+def test_name_is_the_digest_of_the_bytes_whatever_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SYNC_BYTES", 1000)
+    path = checkpoint.save(tmp_path, 1, {"weights": torch.arange(10_000), "empty": torch.zeros(0)})
+    assert path.name == f"step000000001-{file_digest(path)[:16]}.pt"
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert torch.equal(found["weights"], torch.arange(10_000))
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:

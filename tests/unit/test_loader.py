@@ -38,7 +38,7 @@ def open_loader(
     **settings: Any,
 ) -> Loader:
     patches = Patches(Store(index), CROPS, CLASSES, patch)
-    sampler = Sampler(patches, seed=3, centred_fraction=0.5, class_power=-0.5)
+    sampler = Sampler(patches, seed=3, centred_fraction=0.5, class_power=-0.5, planes="all")
     options = {**SETTINGS, **settings}
     return Loader(sampler, options, rank=rank, world=world, first=2, last=last, pinned=False, workers=workers)
 
@@ -69,11 +69,14 @@ def threads_of_loaders() -> list[threading.Thread]:
 
 @pytest.mark.parametrize("workers", [2, 5])
 @pytest.mark.parametrize("layout", [MAPPED, BLOCKED])
-def test_batches_do_not_depend_on_workers_or_layout(indices: dict[str, Path], layout: str, workers: int) -> None:
-    expected = stream(indices[MAPPED], last=9, accumulate=2)
+@pytest.mark.parametrize("patch", [(12, 40, 16), (1, 40, 16)])
+def test_batches_do_not_depend_on_workers_or_layout(
+    indices: dict[str, Path], patch: tuple[int, int, int], layout: str, workers: int
+) -> None:
+    expected = stream(indices[MAPPED], last=9, accumulate=2, patch=patch)
     assert [step for step, *_ in expected] == [step for step in range(2, 9) for _ in range(2)]
     assert any(mixed for *_, mixed in expected)
-    assert stream(indices[layout], last=9, accumulate=2, workers=workers) == expected
+    assert stream(indices[layout], last=9, accumulate=2, workers=workers, patch=patch) == expected
 
 
 def test_batches_go_on_where_an_earlier_loader_ended(indices: dict[str, Path]) -> None:
@@ -137,8 +140,13 @@ def test_labels_of_large_tables_are_shipped_as_signed_integers(
     assert batch.label.to(torch.uint8).numpy().tobytes() == plain[0][3]
 
 
+@pytest.mark.parametrize(("size", "last", "axes"), [((12, 40, 16), 5, {0}), ((1, 40, 16), 9, {0, 1, 2})])
 def test_what_is_copied_from_blocks_was_asked_for_one_batch_earlier(
-    indices: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    indices: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    size: tuple[int, int, int],
+    last: int,
+    axes: set[int],
 ) -> None:
     calls: list[tuple[str, Any]] = []
     copy, prefetch = Patches.copy, BlockedVolume.prefetch
@@ -154,18 +162,20 @@ def test_what_is_copied_from_blocks_was_asked_for_one_batch_earlier(
     monkeypatch.setattr(Patches, "copy", note_copy)
     monkeypatch.setattr(BlockedVolume, "prefetch", note_hint)
     monkeypatch.setattr(MappedVolume, "prefetch", lambda *_: pytest.fail("a mapped store needs no hint"))
-    stream(indices[MAPPED])
+    stream(indices[MAPPED], patch=size)
     calls.clear()
-    batches = stream(indices[BLOCKED], mixup={"probability": 0.0, "alpha": 0.4})
-    assert len(batches) == 3
-    assert [kind for kind, _ in calls] == (["hinted"] * 4 + ["copied"] * 2) * 2 + ["copied"] * 2
+    batches = stream(indices[BLOCKED], last=last, patch=size, mixup={"probability": 0.0, "alpha": 0.4})
+    assert len(batches) == last - 2
+    assert [kind for kind, _ in calls] == (["hinted"] * 4 + ["copied"] * 2) * (last - 3) + ["copied"] * 2
     store = Store(indices[BLOCKED])
     hinted = [box for kind, box in calls if kind == "hinted" and "image" in box[0]]
     copied = [patch for kind, patch in calls if kind == "copied"][2:]
+    assert {patch.axis for patch in copied} == axes
     for (name, origin, shape), patch in zip(hinted, copied, strict=True):
         crop = CROPS[patch.crop]
         assert Path(store.crops[crop]["files"]["image"]["path"]).name == name
-        ends = zip(patch.origin, (12, 40, 16), store.shape(crop), strict=True)
+        box = np.insert(size[1:], patch.axis, size[0]).tolist()
+        ends = zip(patch.origin, box, store.shape(crop), strict=True)
         assert origin == tuple(max(start, 0) for start in patch.origin)
         assert tuple(map(sum, zip(origin, shape, strict=True))) == tuple(min(a + n, size) for a, n, size in ends)
 

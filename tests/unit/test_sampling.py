@@ -16,7 +16,7 @@ from training_case import CLASSES, write_store
 from cellmap_pipe.errors import TrainingError
 from cellmap_pipe.prepare.chunks import ANY_KNOWN
 from cellmap_pipe.prepare.labels import PRESENT, UNKNOWN
-from cellmap_pipe.prepare.layout import BLOCKED, MAPPED
+from cellmap_pipe.prepare.layout import BLOCKED, MAPPED, write_volume
 from cellmap_pipe.prepare.store import Store
 from cellmap_pipe.training import sampling
 from cellmap_pipe.training.sampling import (
@@ -44,7 +44,7 @@ def blocked(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 def sampler(
-    store: Store, patch: tuple[int, int, int] = (8, 8, 8), classes: list[str] = CLASSES, **options: float
+    store: Store, patch: tuple[int, int, int] = (8, 8, 8), classes: list[str] = CLASSES, **options: float | str
 ) -> Sampler:
     patches = Patches(store, CROPS, classes, patch)
     return Sampler(patches, **{"seed": 0, "centred_fraction": 0.5, "class_power": -0.5, **options})  # type: ignore[arg-type]
@@ -161,22 +161,96 @@ def test_voxel_sizes_are_those_of_the_crops(store: Store, monkeypatch: pytest.Mo
     assert sampler(store).patches.voxels == [(8.0, 8.0, 8.0), (40.0, 8.0, 8.0)]
 
 
-@given(data=st.data(), layout=st.sampled_from([MAPPED, BLOCKED]))
-@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data(), layout=st.sampled_from([MAPPED, BLOCKED]), axis=st.integers(0, 2))
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_outside_the_arrays_em_is_mirrored_as_numpy_does_and_nothing_known(
-    store: Store, blocked: Store, data: st.DataObject, layout: str
+    store: Store, blocked: Store, data: st.DataObject, layout: str, axis: int
 ) -> None:
-    patch = data.draw(st.tuples(*[st.integers(1, 60)] * 3))
+    shape = data.draw(st.tuples(*[st.integers(1, 60)] * 3))
+    patch = (shape[axis], *shape[:axis], *shape[axis + 1 :])
     patches = Patches(blocked if layout == BLOCKED else store, ["set-0/crop0"], CLASSES, patch)
     sizes = patches.shapes[0]
-    origin = [data.draw(st.integers(min(0, size - n), max(0, size - n))) for size, n in zip(sizes, patch, strict=True)]
+    origin = [data.draw(st.integers(min(0, size - n), max(0, size - n))) for size, n in zip(sizes, shape, strict=True)]
     image, label = np.empty(patch, np.uint8), np.empty(patch, np.uint8)
-    patches.copy(Patch(0, tuple(origin), (0, 0, 0)), image, label)
-    sides = [(max(-a, 0), max(a + n - size, 0)) for a, n, size in zip(origin, patch, sizes, strict=True)]
-    box = tuple(slice(max(a, 0), max(a, 0) + n) for a, n in zip(origin, patch, strict=True))
+    patches.copy(Patch(0, tuple(origin), (0, 0, 0), axis), image, label)
+    sides = [(max(-a, 0), max(a + n - size, 0)) for a, n, size in zip(origin, shape, sizes, strict=True)]
+    box = tuple(slice(max(a, 0), max(a, 0) + n) for a, n in zip(origin, shape, strict=True))
     stored = voxels(store, "set-0/crop0", "image"), voxels(store, "set-0/crop0")
-    np.testing.assert_array_equal(image, np.pad(stored[0], sides, mode="reflect")[box])
-    np.testing.assert_array_equal(label, np.pad(stored[1], sides, constant_values=255)[box])
+    np.testing.assert_array_equal(np.moveaxis(image, 0, axis), np.pad(stored[0], sides, mode="reflect")[box])
+    np.testing.assert_array_equal(np.moveaxis(label, 0, axis), np.pad(stored[1], sides, constant_values=255)[box])
+
+
+def paint(index: Path) -> Store:
+    """Write the places of its voxels into the first crop of a store: z and the end of y as EM, the rest as label."""
+    store = Store(index)
+    record = store.crops[CROPS[0]]
+    z, y, x = np.indices(store.shape(CROPS[0]))
+    for kind, volume in (("image", z + 32 * (y % 8)), ("label", y // 8 + 4 * x)):
+        path = index.parent / "store" / record["files"][kind]["path"]
+        write_volume(record["layout"], path, np.dtype(np.uint8), volume.shape, [volume.astype(np.uint8)], block=16)
+    return Store(index)
+
+
+@pytest.mark.parametrize("layout", [MAPPED, BLOCKED])
+@pytest.mark.parametrize("patch", [(1, 8, 8), (1, 24, 40), (1, 31, 29), (1, 64, 64)])
+def test_slices_across_every_axis_show_what_lies_there(
+    tmp_path: Path, layout: str, patch: tuple[int, int, int]
+) -> None:
+    store = paint(write_store(tmp_path, layout=layout))
+    drawing = Sampler(
+        Patches(store, CROPS[:1], CLASSES, patch), seed=0, centred_fraction=0.5, class_power=0.0, planes="all"
+    )
+    sizes = store.shape(CROPS[0])
+    listed = {tuple(place) for place in store.positions(CROPS[0])[:, 1:].tolist()}
+    image, label = np.empty(patch, np.uint8), np.empty(patch, np.uint8)
+    axes = set()
+    for index in range(40):
+        drawn = drawing.draw(0, index)
+        axes.add(drawn.axis)
+        drawing.patches.copy(drawn, image, label)
+        across, row, column = np.indices(patch)
+        offset = {0: (across, row, column), 1: (row, across, column), 2: (row, column, across)}[drawn.axis]
+        place = [first + steps for first, steps in zip(drawn.origin, offset, strict=True)]
+        inside = np.logical_and.reduce([(at >= 0) & (at < n) for at, n in zip(place, sizes, strict=True)])
+        z, y, x = place
+        np.testing.assert_array_equal(label, np.where(inside, y // 8 + 4 * x, 255))
+        np.testing.assert_array_equal(image[inside], (z + 32 * (y % 8))[inside])
+        z, y, _ = (n - 1 - abs((n - 1) - abs(at) % (2 * n - 2)) for at, n in zip(place, sizes, strict=True))
+        np.testing.assert_array_equal(image, z + 32 * (y % 8))
+        assert tuple(int(at[drawn.anchor]) for at in place) in listed
+        assert inside[drawn.anchor]
+    assert axes == {0, 1, 2}
+
+
+def test_slices_lie_across_each_axis_equally_often_where_voxels_are_isotropic(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lattice = {**store.crops[CROPS[1]]["lattice"], "voxel_nm": [8.2, 8, 8]}
+    monkeypatch.setitem(store.crops[CROPS[1]], "lattice", lattice)
+    drawing = sampler(store, (1, 16, 16), planes="all")
+    drawn = [drawing.draw(0, index) for index in range(900)]
+    shares = np.bincount([patch.axis for patch in drawn if patch.crop == 0], minlength=3)
+    np.testing.assert_allclose(shares / shares.sum(), 1 / 3, atol=0.06)
+    assert {patch.axis for patch in drawn if patch.crop == 1} == {0}
+    assert 0 < known_fraction(drawing) <= 1
+
+
+def test_planes_decide_nothing_else(store: Store) -> None:
+    def places(drawing: Sampler, axis: int) -> list[tuple[int, tuple[int, ...]]]:
+        drawn = [drawing.draw(0, index) for index in range(100)]
+        return [
+            (patch.crop, tuple(np.add(patch.origin, np.insert(patch.anchor[1:], patch.axis, patch.anchor[0])).tolist()))
+            for patch in drawn
+            if axis in (patch.axis, -1)
+        ]
+
+    slices, across_z = (sampler(store, (1, 16, 16), planes=planes) for planes in ("all", "z"))
+    assert places(slices, -1) == places(across_z, -1) == places(across_z, 0)
+    assert len(places(slices, 0)) < 60
+    volumes = [sampler(store, (8, 16, 16), planes=planes) for planes in ("all", "z")]
+    first, second = ([drawing.draw(0, index) for index in range(50)] for drawing in volumes)
+    assert first == second
+    assert {patch.axis for patch in first} == {0}
 
 
 @given(size=st.integers(1, 9), before=st.integers(0, 20), after=st.integers(0, 20))

@@ -1,7 +1,10 @@
 """Trainings in processes of their own: outputs, resume after a kill, several ranks, run directories, failures."""
 
+import csv
+import importlib.util
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -28,14 +31,22 @@ from training_case import (
     write_store,
 )
 
+from cellmap_pipe.classes import get_class
 from cellmap_pipe.errors import ContractError, TrainingError
 from cellmap_pipe.files import read_json
+from cellmap_pipe.prepare.layout import BLOCKED, MAPPED
 from cellmap_pipe.prepare.store import Store
 from cellmap_pipe.training import checkpoint, main, results
+from cellmap_pipe.training.alarms import ENOUGH_PATCHES, Alarms
+from cellmap_pipe.training.expand import Expander
 from cellmap_pipe.training.inference import load_model
 from cellmap_pipe.training.loop import Process, StoppedError, StopRequest, Training
 from cellmap_pipe.training.main import choose_device, fold_crops, run_training
 from cellmap_pipe.training.optimisation import learning_rate, update_average
+from cellmap_pipe.training.record import Progress
+from cellmap_pipe.training.sampling import Patches
+from cellmap_pipe.training.starting import begin_with, channels_of, prevalence
+from cellmap_pipe.training.validation import Validation, check_validation, scores_of
 
 Request = dict[str, Any]
 
@@ -104,7 +115,7 @@ def test_outputs_tell_what_was_trained(whole: Request) -> None:
     assert set(metrics["dice"]) == set(CLASSES)
     assert metrics["best_mean_dice"] > metrics["untrained_mean_dice"]
     history = Path(whole["outputs"]["history"]).read_text().splitlines()
-    assert history[0] == "step,loss,lr,mean_dice,dice_ecs,dice_mito_mem,dice_nuc"
+    assert history[0] == "step,loss,lr,mean_dice,smoothed_dice,challenge_score,dice_ecs,dice_mito_mem,dice_nuc"
     assert [int(line.split(",")[0]) for line in history[1:]] == [4, 8, 12]
     assert list((Path(whole["run_dir"]) / "tensorboard").iterdir())
 
@@ -116,8 +127,10 @@ def test_model_loads_without_unpickling_and_gives_logits_of_its_patch(whole: Req
     assert (trained.grid, trained.voxel_nm, trained.patch) == ("8nm", [8.0, 8.0, 8.0], (16, 16, 16))
     with torch.inference_mode():
         assert trained.network(torch.zeros(1, 1, 16, 16, 16)).shape == (1, 3, 16, 16, 16)
-    contents = torch.load(whole["outputs"]["weights"], weights_only=True)
-    assert contents["validation"]["mean_dice"] == read_json(whole["outputs"]["metrics"])["best_mean_dice"]
+    validation = torch.load(whole["outputs"]["weights"], weights_only=True)["validation"]
+    metrics = read_json(whole["outputs"]["metrics"])
+    assert validation["mean_dice"] == metrics["best_mean_dice"]
+    assert validation["challenge_score"] == metrics["best_challenge_score"]
 
 
 def test_damaged_model_is_refused(whole: Request, tmp_path: Path) -> None:
@@ -160,6 +173,28 @@ def test_training_stops_before_the_walltime(root: Path, monkeypatch: pytest.Monk
     with pytest.raises(StoppedError, match="stopped by the end of the walltime"):
         train(request)
     assert list(Path(request["run_dir"]).glob("step*.pt"))
+
+
+@pytest.mark.parametrize(("stop_minutes", "expected"), [(5, 95), (60, 90), (0, 100)])
+def test_time_kept_back_is_as_configured_but_a_tenth_of_the_walltime_at_most(
+    stop_minutes: float, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    request = {"settings": {"stop_minutes": stop_minutes}, "runtime_min": 100}
+    assert main._deadline(request, 7.0) == 7.0 + 60 * expected
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 6000))
+    assert main._deadline(request, 7.0) == pytest.approx(7.0 + 60 * expected, abs=2)
+    monkeypatch.delenv("SLURM_JOB_END_TIME")
+    assert main._deadline({**request, "runtime_min": None}, 7.0) is None
+
+
+def test_checkpoints_of_chosen_steps_stay(root: Path) -> None:
+    request = write_request(root, "kept", keep_every=3, max_steps=10, checkpoint_minutes=60)
+    train(request)
+    kept = sorted(Path(request["run_dir"]).glob("step*.pt"))
+    assert [int(path.name[4:13]) for path in kept] == [3, 6, 9, 10]
+    for path in kept:
+        assert torch.load(path, weights_only=True)["progress"]["step"] == int(path.name[4:13])
 
 
 def test_two_ranks_one_killed_resume_exactly(root: Path, whole: Request) -> None:
@@ -337,6 +372,146 @@ def test_accumulated_passes_make_the_step_of_the_joint_batch(root: Path) -> None
     assert (accumulated - joint).norm() <= 1e-6 * joint.norm()
 
 
+def test_groups_are_taught_and_are_no_outputs(root: Path, tmp_path: Path) -> None:
+    request = write_request(root, "groups", classes=["golgi_mem", "golgi_lum"], groups=["golgi"], max_steps=2)
+    index = read_json(request["index"])
+    index["classes"] = ["golgi_mem", "golgi_lum", "golgi"]
+    for state in index["crops"][0]["counts"].values():
+        state[:2] = [0, 0]  # annotates the group alone
+    (root / "groups.json").write_text(json.dumps(index))
+    request["index"] = str(root / "groups.json")
+    training = trainer({**request, "run_dir": str(tmp_path / "run")}, alone())
+    assert training.sampler.classes == [(0, [1]), (1, [1]), (2, [0])]
+    assert training.loss.groups == ((0, 1),)
+    train(request)
+    assert torch.load(request["outputs"]["weights"], weights_only=True)["classes"] == ["golgi_mem", "golgi_lum"]
+    assert set(read_json(request["outputs"]["metrics"])["dice"]) == {"golgi_mem", "golgi_lum"}
+
+
+def test_channels_of_a_group_leave_out_parts_of_parts() -> None:
+    assert channels_of(["mito"], ["mito_ribo", "ecs", "mito_mem", "mito_lum"]) == [[0, 2, 3]]
+    assert channels_of(["er", "ne"], ["er_mem", "ne", "ne_mem", "er_lum", "ne_lum"]) == [[0, 1, 3], [2, 4]]
+
+
+def test_prevalence_counts_known_voxels_of_all_crops(root: Path) -> None:
+    store = Store(write_request(root)["index"])
+    both, one = (Patches(store, crops, CLASSES, (16, 16, 16)) for crops in (list(store.crops), ["set-1/crop1"]))
+    counts = [store.crops[crop]["counts"]["ecs"] for crop in store.crops]
+    positive, absent = (sum(count[state] for count in counts) for state in ("present", "absent"))
+    assert prevalence(both)[0] == positive / (positive + absent)
+    assert math.isnan(prevalence(one)[2])
+
+
+def test_same_parameters_are_trained_by_any_number_of_processes(root: Path) -> None:
+    request = write_request(
+        root, "frozen", network="UNETR", arguments={"feature_size": 4, "hidden_size": 12, "mlp_dim": 12, "num_heads": 2}
+    )
+    network = trainer(request, alone()).network
+    frozen = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
+    assert frozen
+    assert all("norm_cross_attn" in name for name in frozen)
+
+
+def test_weights_to_begin_with_are_reported_both_ways(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    network = torch.nn.ModuleDict({"body": torch.nn.Linear(2, 3), "head": torch.nn.Linear(3, 4)})
+    given = {
+        "body.weight": torch.ones(3, 2),
+        "body.bias": torch.ones(3),
+        "head.weight": torch.ones(5, 3),
+        "old.bias": torch.ones(1),
+    }
+    checkpoint.write_model(tmp_path / "begin.pt", {"state_dict": given})
+    begin_with(network, str(tmp_path / "begin.pt"))
+    assert network["body"].weight.detach().tolist() == [[1.0, 1.0]] * 3
+    assert "2 of 4 tensors begin as in" in caplog.text
+    assert "hence fresh: head.bias, head.weight" in caplog.text
+    assert "of no use here: head.weight, old.bias" in caplog.text
+    checkpoint.write_model(tmp_path / "other.pt", {"state_dict": {"old.bias": torch.ones(1)}})
+    with pytest.raises(TrainingError, match="none of its weights fits the network"):
+        begin_with(network, str(tmp_path / "other.pt"))
+
+
+def test_alarms_are_raised_once_and_published(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    request = write_request(root, "alarms", max_steps=2)
+    index = read_json(request["index"])
+    for crop in index["crops"]:
+        if crop["crop"] != "set-0/crop2":  # which is validated on
+            crop["counts"]["present"][2], crop["counts"]["absent"][2] = 0, 5
+    Path(root / "alarms.json").write_text(json.dumps(index))
+    request["index"] = str(root / "alarms.json")
+    train(request)
+    train({**request, "retrain": True})
+    (alarm,) = read_json(request["outputs"]["metrics"])["alarms"]
+    assert alarm.startswith("class nuc is positive in no training crop of the fold (annotated in 2 of them)")
+    assert caplog.text.count("class nuc is positive in no") == 2  # once per training
+
+
+def test_alarms_of_what_a_training_sees(caplog: pytest.LogCaptureFixture) -> None:
+    raised: dict[str, str] = {}
+    alarms = Alarms(raised)
+    alarms.never_seen(CLASSES, [5, 0, 9], ENOUGH_PATCHES - 1)
+    alarms.waiting(0.29)
+    assert not raised
+    for _ in range(2):
+        alarms.never_seen(CLASSES, [5, 0, 9], ENOUGH_PATCHES)
+        alarms.waiting(0.31)
+    Alarms(raised).never_seen(CLASSES, [5, 0, 9], 2 * ENOUGH_PATCHES)  # another process of the same training
+    assert list(raised) == ["class mito_mem", "waiting for data"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    Alarms({}, quiet=True).waiting(0.9)
+    assert len(caplog.records) == 2
+
+
+def test_positive_voxels_are_counted_over_ranks_passes_and_processes(root: Path) -> None:
+    counted = {}
+    for name, batch, accumulate in (("joint", 4, 1), ("passes", 2, 2)):
+        request = write_request(root, f"count-{name}", batch=batch, accumulate=accumulate, max_steps=11)
+        training = trainer(request, alone())
+        training.run()
+        counted[name] = training.progress.positives
+        assert training.progress.looked_at == 2 * 4  # steps 0 and 10
+    assert counted["joint"] == counted["passes"]
+    assert all(counted["joint"])
+
+
+def test_missing_mlflow_is_an_error_before_the_first_step(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(TrainingError, match=r"pip install 'cellmap_pipe\[mlflow\]'"):
+        trainer(write_request(root, "no-mlflow", mlflow=f"file:{root}/mlruns"), alone())
+
+
+def test_mlflow_has_one_run_of_a_training_that_was_stopped(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    uri = f"sqlite:///{root}/mlflow.db" if importlib.util.find_spec("sqlalchemy") else (root / "mlruns").as_uri()
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    request = write_request(root, "mlflow", mlflow=uri, max_steps=8)
+    with pytest.raises(StoppedError):
+        train({**request, "runtime_min": 1e-4})
+    client = mlflow.MlflowClient(uri)
+    (experiment,) = client.search_experiments(filter_string="name = 'cellmap_pipe'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "KILLED"
+    train(request)
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "runs/mlflow")
+    assert run.data.params["network"] == "SegResNetDS"
+    history = client.get_metric_history(run.info.run_id, "mean_dice")
+    assert [entry.step for entry in history] == [4, 8]
+    assert "dice/mito_mem" in run.data.metrics
+
+
+def test_failing_mlflow_store_costs_no_training(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("mlflow")
+    (tmp_path / "file").write_text("no folder")
+    request = write_request(root, "mlflow-fails", mlflow=f"sqlite:///{tmp_path}/file/mlflow.db", max_steps=1)
+    train(request)
+    assert "MLflow: the run could not be begun in sqlite:///" in caplog.text
+    assert read_json(request["outputs"]["metrics"])["steps"] == 1
+
+
 def test_gradient_that_is_not_finite_ends_the_training_without_a_checkpoint(root: Path) -> None:
     request = write_request(root, "gradient", max_steps=2, checkpoint_minutes=60)
     training = trainer(request, alone())
@@ -351,6 +526,32 @@ def test_stop_request_is_seen_before_a_validation(root: Path, monkeypatch: pytes
     monkeypatch.setattr(training, "_record_epoch", lambda _: pytest.fail("validated"))
     with pytest.raises(StoppedError, match="the end of the walltime after step 0"):
         training.run()
+
+
+def test_stop_request_cuts_a_validation_short_and_the_next_process_makes_it_anew(root: Path, whole: Request) -> None:
+    request = write_request(root, "within", checkpoint_minutes=60)
+    store, folder, stop = Store(request["index"]), Path(request["run_dir"]), StopRequest()
+    folder.mkdir()
+    process = Process(0, 1, torch.device("cpu"), stop)
+    crops = ["set-0/crop0", "set-1/crop1"], ["set-0/crop2"]
+    training = Training(request["settings"], store, *crops, folder, "f", process, None)
+
+    def ask(*_: Any) -> None:
+        if training.progress.step == 4:
+            stop.signal = "SIGUSR1"
+
+    training.evaluated.register_forward_hook(ask)
+    with pytest.raises(StoppedError, match="stopped by SIGUSR1 after step 4;"):
+        training.run()
+    state = checkpoint.latest(folder)
+    assert state is not None
+    assert state["progress"]["recorded"] == 0
+    Training(request["settings"], store, *crops, folder, "f", alone(), state).run()
+    resumed = checkpoint.latest(folder)
+    assert resumed is not None
+    reference = checkpoint.latest(Path(whole["run_dir"]))
+    assert reference is not None
+    assert list(flattened(resumed["progress"])) == list(flattened(reference["progress"]))
 
 
 def test_stop_request_is_seen_before_the_first_step_after_a_resume(root: Path) -> None:
@@ -386,13 +587,103 @@ def test_best_weights_of_an_abandoned_future_are_not_published(whole: Request, t
             results.publish(run_dir, changed, paths, "tiny", "0")
 
 
+def test_training_without_a_step_is_not_published(whole: Request, tmp_path: Path) -> None:
+    state = checkpoint.latest(Path(whole["run_dir"]))
+    assert state is not None
+    state["progress"]["step"] = 0
+    with pytest.raises(TrainingError, match=r"finished without a step; rename .* and train again"):
+        results.publish(
+            Path(whole["run_dir"]), state, {kind: str(tmp_path / kind) for kind in whole["outputs"]}, "", ""
+        )
+
+
+def test_smoothed_score_chooses_the_weights_and_ends_the_patience() -> None:
+    progress, chosen = Progress(), []
+    for step, score in enumerate([0.4, 0.8, 0.5, 0.7, 0.62]):
+        progress.step = step
+        if progress.judge(score, 0.5):
+            chosen.append((step, progress.best))
+    # 0.4, 0.6, 0.55, 0.625, 0.6225
+    assert chosen == [(0, 0.4), (1, pytest.approx(0.6)), (3, pytest.approx(0.625))]
+    assert (progress.best_step, progress.since_best) == (3, 1)
+    assert progress.smoothed == pytest.approx(0.6225)
+    progress = Progress()
+    assert [progress.judge(score, 0.0) for score in (0.4, 0.8, 0.5, 0.81)] == [True, True, False, True]
+
+
+def test_patience_counts_validations_whose_smoothed_score_is_no_better(root: Path) -> None:
+    request = write_request(root, "patience", patience=2, smoothing=0.5, lr=1e-9, ema=False, max_steps=40)
+    train(request)
+    with open(request["outputs"]["history"], newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    metrics = read_json(request["outputs"]["metrics"])
+    assert len(rows) < 10
+    assert metrics["best_step"] == metrics["steps"] - 2 * request["settings"]["steps_per_epoch"]
+    smoothed = None
+    for row in rows:
+        mean = float(row["mean_dice"])
+        smoothed = mean if smoothed is None else (smoothed + mean) / 2
+        assert float(row["smoothed_dice"]) == pytest.approx(smoothed, abs=2e-6)
+    best = next(row for row in rows if int(row["step"]) == metrics["best_step"])
+    assert metrics["best_smoothed_dice"] == pytest.approx(float(best["smoothed_dice"]), abs=1e-6)
+    assert metrics["best_mean_dice"] == pytest.approx(float(best["mean_dice"]), abs=1e-6)
+
+
+def test_challenge_score_is_the_mean_iou_of_annotated_classes_scored_by_voxel() -> None:
+    # mito is scored by instance, pm is annotated nowhere, and mito_mem neither there nor found: a perfect answer
+    classes = ["ecs", "mito_mem", "nuc", "mito", "pm"]
+    scores = scores_of(classes, [[6, 0, 5, 9, 0], [8, 0, 5, 9, 0], [10, 0, 6, 9, 0], [50, 50, 50, 50, 0]])
+    assert scores.dice == {"ecs": 12 / 18, "mito_mem": None, "nuc": 10 / 11, "mito": 1.0, "pm": None}
+    assert get_class("mito").instance
+    assert get_class("nuc").instance
+    assert scores.challenge == pytest.approx((6 / 12 + 1.0) / 2)
+    assert scores_of(["mito"], [[1], [1], [1], [1]]).challenge is None
+
+
+@pytest.mark.parametrize("layout", [MAPPED, BLOCKED])
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_validation_counts_every_known_voxel_once_on_any_number_of_ranks(
+    tmp_path: Path, layout: str, batch: int
+) -> None:
+    store = Store(write_store(tmp_path, layout=layout))
+    crops = ["set-1/crop1", "set-0/crop2"]
+    patches = Patches(store, crops, CLASSES, (16, 16, 16))
+    expander = Expander(patches.tables, [(0, 255)] * len(crops), torch.device("cpu"))
+    network = torch.nn.Conv3d(1, len(CLASSES), 1)
+    torch.nn.init.zeros_(network.weight)
+    torch.nn.init.ones_(network.bias)  # everything is there
+    for world in (1, 3):
+        counts = torch.zeros((4, len(CLASSES)), dtype=torch.int64)
+        for rank in range(world):
+            ranked = Validation(patches, expander, batch=batch, device=torch.device("cpu"), rank=rank, world=world)
+            for shown in ranked._batches():
+                assert len(shown[1]) == batch
+                counts += ranked._counts(network, shown, bf16=False)
+        for column, name in enumerate(CLASSES):
+            totals = [patches.counts(crop, name) for crop in range(len(crops))]
+            known, positive = (sum(pair[k] for pair in totals) for k in (0, 1))
+            assert counts[:, column].tolist() == [positive, known, positive, known], name
+
+
+def test_validation_without_a_positive_voxel_is_an_error(tmp_path: Path) -> None:
+    store = Store(write_store(tmp_path))
+    check_validation(Patches(store, ["set-0/crop0"], CLASSES, (16, 16, 16)))
+    nothing_known = Patches(store, ["set-1/crop1"], ["nuc"], (16, 16, 16))
+    with pytest.raises(TrainingError, match=r"none of the 1 validation crops has a known voxel of nuc.* or fold all"):
+        check_validation(nothing_known)
+    store.crops["set-0/crop0"]["counts"]["nuc"] = {"present": 0, "absent": 9, "unknown": 0}
+    with pytest.raises(TrainingError, match="has a positive voxel of nuc"):
+        check_validation(Patches(store, ["set-0/crop0"], ["nuc"], (16, 16, 16)))
+
+
 def test_loss_that_is_not_finite_ends_the_training_and_names_the_step(root: Path) -> None:
     request = write_request(root, "diverged", lr=1e30, clip=None, checkpoint_minutes=60)
     with pytest.raises(TrainingError, match=r"the loss is nan at step .* last good checkpoint"):
         train(request)
 
 
-def test_fold_all_needs_no_validation(root: Path) -> None:
+def test_fold_all_needs_no_validation(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     request = write_request(root, "all", max_steps=2)
     lists = read_json(request["datalist"])
     Path(root / "all.json").write_text(json.dumps({"training": lists["training"], "validation": []}))
@@ -400,6 +691,7 @@ def test_fold_all_needs_no_validation(root: Path) -> None:
     train(request)
     metrics = read_json(request["outputs"]["metrics"])
     assert (metrics["best_step"], metrics["best_mean_dice"]) == (2, None)
+    assert "no validation: the weights after step 2 are kept" in caplog.text
     with pytest.raises(TrainingError, match="no validation crop in fold 0"):
         fold_crops(request["datalist"], "0")
 
@@ -418,7 +710,8 @@ def test_fingerprint_depends_on_settings_and_the_crops_used(tmp_path: Path) -> N
     store = Store(write_store(tmp_path))
     used, shown = ["set-0/crop0"], ["set-0/crop2"]
     first = results.fingerprint(SETTINGS, store, used, shown)
-    assert results.fingerprint({**SETTINGS, "checkpoint_minutes": 5}, store, used, shown) == first
+    inert = {"checkpoint_minutes": 5, "keep_every": 7, "stop_minutes": 1, "mlflow": "sqlite:///x.db"}
+    assert results.fingerprint({**SETTINGS, **inert}, store, used, shown) == first
     assert results.fingerprint({**SETTINGS, "lr": 1e-5}, store, used, shown) != first
     assert results.fingerprint(SETTINGS, store, [*used, "set-1/crop1"], shown) != first
     assert results.fingerprint({**SETTINGS, "on_damage": "skip"}, store, used, shown) == first

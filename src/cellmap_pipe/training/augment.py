@@ -31,6 +31,10 @@ IDENTITY_MATRIX: Matrix3 = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 
 # The axes that a turn about z, y or x mixes.
 PLANES = ((1, 2), (0, 2), (0, 1))
+PAIRS = ((0, 1), (0, 2), (1, 2))
+
+# Axes whose voxel sizes differ by less than this share of them are equal.
+TOLERANCE = 0.01
 
 # probability, lowest and highest value
 ROTATION = (0.2, -math.pi / 6, math.pi / 6)
@@ -123,9 +127,13 @@ class Augmentation:
 
 
 def exchangeable_axes(voxel_nm: Sequence[float], patch: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the pairs of axes that a quarter turn may exchange: equal in voxel size (to 1 %) and in patch size."""
-    pairs = [(0, 1), (0, 2), (1, 2)]
-    return [(a, b) for a, b in pairs if patch[a] == patch[b] and abs(voxel_nm[a] / voxel_nm[b] - 1) < 0.01]
+    """Return the pairs of axes that a quarter turn may exchange: equal in voxel size and in patch size."""
+    return [(a, b) for a, b in PAIRS if patch[a] == patch[b] and abs(voxel_nm[a] / voxel_nm[b] - 1) < TOLERANCE]
+
+
+def isotropic(voxel_nm: Sequence[float]) -> bool:
+    """Return whether any two axes are exchangeable in a cube of such voxels."""
+    return len(exchangeable_axes(voxel_nm, (1, 1, 1))) == len(PAIRS)
 
 
 def permutations(pairs: Sequence[tuple[int, int]]) -> list[Shape3]:

@@ -8,10 +8,9 @@ import contextlib
 import copy
 import logging
 import math
-import resource
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
 
 from cellmap_pipe.errors import TrainingError
 from cellmap_pipe.prepare.store import Store
-from cellmap_pipe.training import checkpoint
+from cellmap_pipe.training import checkpoint, tracking
+from cellmap_pipe.training.alarms import LOOK_EVERY, Alarms
 from cellmap_pipe.training.expand import Expander
 from cellmap_pipe.training.inference import FORMAT
 from cellmap_pipe.training.loader import Batch, Loader
@@ -36,16 +35,17 @@ from cellmap_pipe.training.networks import (
     unchanged_buffers,
 )
 from cellmap_pipe.training.optimisation import build_optimizer, learning_rate, update_average
+from cellmap_pipe.training.record import Journal, Meter, Progress
 from cellmap_pipe.training.results import BEST
 from cellmap_pipe.training.sampling import Patches, Sampler, known_fraction
+from cellmap_pipe.training.starting import begin_with, channels_of, prevalence
 from cellmap_pipe.training.transform import varied
-from cellmap_pipe.training.validation import Scores, Validation
+from cellmap_pipe.training.validation import Scores, Validation, check_validation
 
 logger = logging.getLogger(__name__)
 
 # Ranks compare notes (losses, requests to stop) about this often; a stop takes as long to be noticed.
 CHECK_SECONDS = 1.0
-PROGRESS_SECONDS = 30.0
 SPARSE_KNOWN_FRACTION = 0.25
 
 
@@ -72,23 +72,6 @@ class StoppedError(TrainingError):
     """The training was asked to stop, has saved its state and goes on when it is started again."""
 
 
-@dataclass
-class Progress:
-    """What changes while training, besides tensors: numbers and lists only, saved in every checkpoint."""
-
-    step: int = 0
-    loss_sum: float = 0.0
-    loss_steps: int = 0
-    recorded: int = -1  # the last step after which an epoch was recorded
-    best: float | None = None
-    best_step: int = 0
-    since_best: int = 0
-    untrained: float | None = None
-    skipped: list[str] = field(default_factory=list)  # crops of the fold that were damaged, and left out
-    history: list[dict[str, Any]] = field(default_factory=list)
-    finished: bool = False
-
-
 class Training:
     """One training, built from its settings and the store, fresh or as the last checkpoint left it.
 
@@ -112,20 +95,25 @@ class Training:
         self.settings, self.store, self.run_dir, self.process = settings, store, run_dir, process
         self.fingerprint = fingerprint
         self.bf16 = process.device.type == "cuda" and settings["amp"] == "bf16"
+        if settings["mlflow"]:
+            tracking.check_installed()
         classes, patch = settings["classes"], settings["patch"]
 
-        patches = Patches(store, training, classes, patch)
+        # groups are no outputs of the network: what is known of them teaches their parts
+        patches = Patches(store, training, [*classes, *settings["groups"]], patch)
         self.sampler = Sampler(
             patches,
             seed=settings["seed"],
             centred_fraction=settings["centred_fraction"],
             class_power=settings["class_power"],
+            planes=settings["planes"],
         )
         self.expander = self._expander(patches)
         self.datasets = set(patches.datasets)
         self.validation: Validation | None = None
         if validation:
             shown = Patches(store, validation, classes, patch)
+            check_validation(shown)
             self.datasets |= set(shown.datasets)
             self.validation = Validation(
                 shown,
@@ -151,19 +139,26 @@ class Training:
             self.network.to(memory_format=layout)  # type: ignore[call-overload]
         self.network.to(process.device)
         self.average = copy.deepcopy(self.network) if settings["ema"] else None
-        self.loss = build_loss(settings, len(classes)).to(process.device)
+        self.loss = build_loss(
+            settings,
+            len(classes),
+            groups=channels_of(settings["groups"], classes),
+            prevalence=prevalence(patches)[: len(classes)],
+        ).to(process.device)
         # all parameters, frozen ones too: the optimiser's state is the same for any number of processes
         self.optimizer = build_optimizer(self.network.parameters(), settings)
-        self.progress = Progress()
+        self.progress = Progress(positives=[0] * len(classes))
         if state is not None:
             self._restore(state)
         self.progress.skipped = sorted({*self.progress.skipped, *skipped})
+        self.alarms = Alarms(self.progress.alarms, quiet=process.rank > 0)
         # what is validated and kept
         self.evaluated = self.network if self.average is None else self.average
-        self.trained = self._distributed()
+        self.trained = self._prepared()
         self.parameters = parameter_count(self.network.parameters())
         self._upload = torch.cuda.Stream() if process.device.type == "cuda" else None
         self._pending: list[Tensor] = []
+        self._positives = torch.zeros(len(classes), dtype=torch.float64, device=process.device)
         self._saved_at = time.monotonic()
 
     def run(self) -> None:
@@ -184,13 +179,12 @@ class Training:
             workers=process.workers,
         )
         batches = iter(loader)
-        tensorboard = (
-            SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=progress.step) if not process.rank else None
-        )
-        meter = Meter(settings["batch"] * settings["accumulate"] * process.world)
+        meter = Meter(self._patches_per_step(), process.device)
         next_check = progress.step  # a stop that was asked for while the store was read is seen before the first step
         self.network.train()
-        try:
+        with contextlib.ExitStack() as held:
+            held.callback(loader.close)
+            journal = None if process.rank else held.enter_context(Journal(self.run_dir, settings, progress.step))
             while True:
                 # before a validation, which may outlast what is left of the walltime
                 if self._epoch_ended() or progress.step >= next_check:
@@ -203,24 +197,25 @@ class Training:
                         )
                     next_check = progress.step + self._steps_until_check(meter)
                 if self._epoch_ended() and progress.recorded < progress.step:
-                    self._record_epoch(tensorboard)
+                    self._record_epoch(journal)
+                    if progress.recorded < progress.step:
+                        continue  # to where the request that cut the validation short is seen
                 if progress.finished:
                     break
                 self._step(batches, meter)
-                if progress.step >= next_check or self._epoch_ended():
-                    self._collect_losses()
+                if progress.step >= next_check or self._epoch_ended() or self._to_be_kept():
+                    self._collect()
+                    if self._to_be_kept():
+                        self._save()
                     if meter.due() and not process.rank:
+                        self.alarms.waiting(meter.waiting())
                         logger.info("%s", meter.line(progress, settings))
-        finally:
-            loader.close()
-            if tensorboard is not None:
-                tensorboard.close()
-        self._save(needed=True)
+            self._save(needed=True)
 
-    def _step(self, batches: Any, meter: "Meter") -> None:
+    def _step(self, batches: Iterator[Batch], meter: Meter) -> None:
         """Make one optimisation step over `accumulate` passes, whose losses add up to that of their joint batch."""
         settings, progress = self.settings, self.progress
-        step_began, waited = time.perf_counter(), 0.0
+        meter.begin()
         lr = learning_rate(progress.step, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -228,12 +223,8 @@ class Training:
         torch.manual_seed((settings["seed"] * 1_000_003 + progress.step) * 1_009 + self.process.rank)
         turns = settings["accumulate"]
         total = torch.zeros((), device=self.process.device)
-        passes = []
-        for _ in range(turns):
-            began = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - began
-            passes.append(self._shown(batch))
+        passes = [self._shown(meter.fetch(batches)) for _ in range(turns)]
+        self._count(passes)
         totals = self._totals(passes) if turns > 1 else None
         for turn, shown in enumerate(passes):
             last = turn == turns - 1
@@ -252,7 +243,7 @@ class Training:
         if self.average is not None:
             update_average(self.average, self.network, progress.step)
         self._pending.append(total + 0.0 * norm)
-        meter.add(time.perf_counter() - step_began, waited)
+        meter.end()
 
     def _shown(self, batch: Batch) -> tuple[Batch, Tensor, Tensor]:
         """Return a batch with what the network is shown, float32 (B, 1, z, y, x), and the label maps, on the device."""
@@ -273,6 +264,27 @@ class Training:
         copied.record_stream(torch.cuda.current_stream())
         return copied
 
+    def _count(self, passes: list[tuple[Batch, Tensor, Tensor]]) -> None:
+        """Show the loss what its prior rests on, the step's positive and known voxels by class on all ranks.
+
+        Positive ones are counted now and then in any case, for the alarm of a class that has none.
+        """
+        looked_at = self.progress.step % LOOK_EVERY == 0
+        if not (self.loss.adjusted or looked_at):
+            return
+        parts = []
+        for batch, _, label in passes:
+            target, known, _ = self._answers(batch, *self.expander.states(label, batch.crops))
+            parts.append(self.loss.counts(target, known))
+        counts = torch.stack(parts).sum(0)
+        if self.process.world > 1:
+            dist.all_reduce(counts)
+        if looked_at:
+            self._positives += counts[0]
+            self.progress.looked_at += self._patches_per_step()
+        if self.loss.adjusted:
+            self.loss.observe(counts)
+
     def _totals(self, passes: list[tuple[Batch, Tensor, Tensor]]) -> Tensor:
         """Return the denominators of the loss of the passes' joint batch on all ranks: labels alone determine them."""
         parts = []
@@ -284,16 +296,17 @@ class Training:
             dist.all_reduce(totals)
         return totals
 
-    def _answers(self, batch: Batch, target: Tensor, known: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _answers(self, batch: Batch, target: Tensor, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return target, known-mask and weight of what the outputs are compared with.
 
         A mixed sample answers for both of its labels, each with its own known-mask: the union of the masks would teach
         that what is unknown in one of them is absent.
         """
-        if not batch.mixed:
-            return target, known, None
         labels = list(range(batch.size)) + [partner for _, partner, _ in batch.mixed]
+        # on all ranks and in all passes, mixed or not: sums over them are of one type
         weight = torch.ones(len(labels), device=target.device)
+        if not batch.mixed:
+            return target, known, weight
         for number, (row, _, share) in enumerate(batch.mixed):
             weight[row], weight[batch.size + number] = share, 1 - share
         return target[labels], known[labels], weight
@@ -316,26 +329,27 @@ class Training:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.process.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
-    def _distributed(self) -> nn.Module:
+    def _prepared(self) -> nn.Module:
         """Return the network as it is called in training: itself, or compiled, or wrapped for several processes."""
         trained: nn.Module = self.network
-        if self.process.world > 1:
-            settings, device = self.settings, self.process.device
-            example = torch.zeros((settings["batch"], 1, *settings["patch"]), device=device)
-            self.network.train()
-            with self._autocast():  # as in training: without it these passes may need more memory than any step
-                freeze_unused(self.network, example)
-            trained = DistributedDataParallel(
-                self.network, device_ids=[device.index] if device.type == "cuda" else None
-            )
-            # It sorts its gradient buckets anew after the first backward pass, and with them the order of additions:
-            # a pass without effect puts a resumed training into the same order as an uninterrupted one.
-            with unchanged_buffers(self.network), self._autocast():
-                backward_of_nothing(trained, example)
-            self.network.zero_grad(set_to_none=True)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-        if self.settings["compile"] and self.process.device.type == "cuda":
+        device = self.process.device
+        example = torch.zeros((1, 1, *self.settings["patch"]), device=device)
+        self.network.train()
+        # as in training: without it these passes may need more memory than any step
+        with self._autocast():
+            freeze_unused(self.network, example)  # for one process too: any number of them trains the same parameters
+            if self.process.world > 1:
+                trained = DistributedDataParallel(
+                    self.network, device_ids=[device.index] if device.type == "cuda" else None
+                )
+                # It sorts its gradient buckets anew after the first backward pass, and with them the order of
+                # additions: a pass without effect puts a resumed training into the order of an uninterrupted one.
+                with unchanged_buffers(self.network):
+                    backward_of_nothing(trained, example)
+                self.network.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.settings["compile"] and device.type == "cuda":
             trained = torch.compile(trained)  # type: ignore[assignment]
         return trained
 
@@ -345,10 +359,18 @@ class Training:
         step = self.progress.step
         return step % self.settings["steps_per_epoch"] == 0 or step >= self.settings["max_steps"]
 
-    def _collect_losses(self) -> None:
-        """Add the pending losses, averaged over ranks, to the progress. Raises TrainingError if one is not finite.
+    def _to_be_kept(self) -> bool:
+        """Return whether the checkpoint of this step is kept for good."""
+        every = self.settings["keep_every"]
+        return every is not None and self.progress.step % every == 0
 
-        A gradient that is not finite made its step's loss nan.
+    def _patches_per_step(self) -> int:
+        return int(self.settings["batch"] * self.settings["accumulate"] * self.process.world)
+
+    def _collect(self) -> None:
+        """Add the pending losses, averaged over ranks, and the counted voxels to the progress.
+
+        Raises TrainingError if a loss is not finite. A gradient that is not finite made its step's loss nan.
         """
         if not self._pending:
             return
@@ -366,33 +388,35 @@ class Training:
                 )
             self.progress.loss_sum += loss
             self.progress.loss_steps += 1
+        counted = self._positives.tolist()
+        self._positives.zero_()
+        self.progress.positives = [old + int(new) for old, new in zip(self.progress.positives, counted, strict=True)]
 
-    def _record_epoch(self, tensorboard: SummaryWriter | None) -> None:
-        """Validate if it is time, keep the best weights, add a row to the history, decide whether this is the end."""
+    def _record_epoch(self, journal: Journal | None) -> None:
+        """Validate if it is time, keep the best weights, add a row to the history, decide whether this is the end.
+
+        A validation that a request to stop cuts short is made anew by the training that goes on.
+        """
         progress, settings = self.progress, self.settings
         at_end = progress.step >= settings["max_steps"]
         epoch = progress.step // settings["steps_per_epoch"]
-        scores = Scores(dict.fromkeys(settings["classes"]))
+        scores: Scores | None = Scores(dict.fromkeys(settings["classes"]))
         if self.validation is not None and (progress.step == 0 or at_end or epoch % settings["validate_every"] == 0):
-            scores = self.validation.evaluate(self.evaluated, bf16=self.bf16)
-        progress.recorded = progress.step
-        if progress.step == 0:
-            progress.untrained = scores.mean_dice
+            scores = self.validation.evaluate(self.evaluated, bf16=self.bf16, stopped=self._asked_to_stop)
+        if scores is None:
             return
+        progress.recorded = progress.step
+        # here and not where they are counted: when that is depends on the clock
+        self.alarms.never_seen(settings["classes"], progress.positives, progress.looked_at)
         mean = scores.mean_dice
-        kept = False
-        if mean is not None:
-            if progress.best is None or mean > progress.best:
-                progress.best, progress.best_step, progress.since_best = mean, progress.step, 0
-                self._keep_best(scores)
-                kept = True
-            else:
-                progress.since_best += 1
+        if progress.step == 0:
+            progress.untrained = mean
+            return
+        kept = mean is not None and progress.judge(mean, settings["smoothing"])
         if settings["patience"] is not None and progress.since_best >= settings["patience"]:
             at_end = True
-        if at_end and progress.best is None:  # no validation, or none with positive voxels: the last weights it is
+        if at_end and progress.best is None:  # a fold without validation: the last weights it is
             progress.best_step = progress.step
-            self._keep_best(scores)
             kept = True
         progress.finished = at_end
         row = {
@@ -400,22 +424,17 @@ class Training:
             "loss": progress.loss_sum / max(progress.loss_steps, 1),
             "lr": learning_rate(progress.step - 1, settings),
             "mean_dice": mean,
+            "smoothed_dice": None if mean is None else progress.smoothed,
+            "challenge_score": scores.challenge,
             "dice": scores.dice,
         }
         progress.history.append(row)
         progress.loss_sum, progress.loss_steps = 0.0, 0
-        if kept:  # a training that resumes before these weights might never make them again
-            self._save()
-        if tensorboard is not None:
-            for name in ("loss", "lr", "mean_dice"):
-                if row[name] is not None:
-                    tensorboard.add_scalar(name, row[name], progress.step)
-            for name, dice in scores.dice.items():
-                if dice is not None:
-                    tensorboard.add_scalar(f"dice/{name}", dice, progress.step)
-            tensorboard.flush()
-            shown = f", mean Dice {mean:.3f}, best {progress.best:.3f} at step {progress.best_step}" if mean else ""
-            logger.info("epoch %d, step %d: loss %.4f%s", epoch, progress.step, row["loss"], shown)
+        if kept:
+            self._keep_best(scores)
+            self._save()  # a training that resumes before these weights might never make them again
+        if journal is not None:
+            journal.write(row, progress, epoch)
 
     def _keep_best(self, scores: Scores) -> None:
         if self.process.rank:
@@ -437,14 +456,25 @@ class Training:
                 "patch": list(settings["patch"]),
                 "step": self.progress.step,
                 "fingerprint": self.fingerprint,
-                "validation": {"mean_dice": scores.mean_dice, "dice": scores.dice},
+                "validation": {
+                    "mean_dice": scores.mean_dice,
+                    "smoothed_dice": self.progress.best,
+                    "challenge_score": scores.challenge,
+                    "dice": scores.dice,
+                },
             },
         )
+
+    def _out_of_time(self) -> bool:
+        return self.process.deadline is not None and time.monotonic() > self.process.deadline
+
+    def _asked_to_stop(self) -> bool:
+        return self.process.stop_requested.signal is not None or self._out_of_time()
 
     def _agree(self) -> str | None:
         """Return why the ranks stop now, or None: a signal to any of them, or the walltime of the first."""
         code = 0
-        if self.process.deadline is not None and not self.process.rank and time.monotonic() > self.process.deadline:
+        if self._out_of_time() and not self.process.rank:
             code = 1
         if self.process.stop_requested.signal:
             code = 2
@@ -457,7 +487,7 @@ class Training:
             return None
         return (self.process.stop_requested.signal or "a signal") if code == 2 else "the end of the walltime"
 
-    def _steps_until_check(self, meter: "Meter") -> int:
+    def _steps_until_check(self, meter: Meter) -> int:
         """Return after how many steps the ranks compare notes again: what fits into a second, by the first's clock."""
         steps = min(max(int(CHECK_SECONDS / meter.seconds_per_step), 1), 50)
         if self.process.world > 1:
@@ -482,9 +512,10 @@ class Training:
             "network": _on_cpu(self.network.state_dict()),
             "average": _on_cpu(self.average.state_dict()) if self.average is not None else None,
             "optimizer": self.optimizer.state_dict(),
+            "loss": _on_cpu(self.loss.state_dict()),
         }
         try:
-            path = checkpoint.save(self.run_dir, self.progress.step, state)
+            path = checkpoint.save(self.run_dir, self.progress.step, state, keep_every=self.settings["keep_every"])
         except OSError as error:
             if needed:
                 raise TrainingError(
@@ -499,6 +530,7 @@ class Training:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.loss.load_state_dict(state["loss"])
         self.progress = Progress(**state["progress"])
         if not self.process.rank:
             logger.info("resumed after step %d", self.progress.step)
@@ -509,11 +541,11 @@ class Training:
                 )
 
     def _announce(self) -> None:
+        settings = self.settings
+        self.alarms.without_positives(self.sampler.patches, settings["classes"])
         if self.process.rank:
             return
-        settings = self.settings
         share = known_fraction(self.sampler)
-        patches_per_step = settings["batch"] * settings["accumulate"] * self.process.world
         logger.info(
             "%s, %d weights, on %d x %s (%d threads); patch %s, %d patches per step, %d training crops, %.0f %% of a "
             "patch's labels known on average",
@@ -521,70 +553,20 @@ class Training:
             *(
                 torch.get_num_threads(),
                 settings["patch"],
-                patches_per_step,
+                self._patches_per_step(),
                 len(self.sampler.patches.crops),
                 100 * share,
             ),
         )
+        if self.validation is None:
+            logger.info(
+                "no validation: the weights after step %d are kept; the number is train.max_steps, as for the folds",
+                settings["max_steps"],
+            )
         if share < SPARSE_KNOWN_FRACTION:
             logger.warning(
                 "only %.0f %% of what a patch shows is annotated: smaller patches would learn faster", 100 * share
             )
-
-
-class Meter:
-    """Measures the training steps between two lines of the log; nothing of it reaches a result."""
-
-    def __init__(self, patches_per_step: int) -> None:
-        self.patches_per_step = patches_per_step
-        self.seconds_per_step = CHECK_SECONDS
-        self.line_at = time.perf_counter()
-        self.seconds = self.waited = 0.0
-        self.steps = 0
-
-    def add(self, seconds: float, waited: float) -> None:
-        """Account for one step of `seconds`, of which `waited` for data."""
-        self.seconds += seconds
-        self.waited += waited
-        self.steps += 1
-        self.seconds_per_step = self.seconds / self.steps
-
-    def due(self) -> bool:
-        """Return whether it is time for a line."""
-        return time.perf_counter() - self.line_at >= PROGRESS_SECONDS
-
-    def line(self, progress: Progress, settings: Mapping[str, Any]) -> str:
-        """Return the progress line and begin a new interval."""
-        left = round((settings["max_steps"] - progress.step) * self.seconds_per_step)
-        text = (
-            f"step {progress.step}/{settings['max_steps']}: "
-            f"loss {progress.loss_sum / max(progress.loss_steps, 1):.4f}, "
-            f"lr {learning_rate(progress.step - 1, settings):.2e}, "
-            f"{self.patches_per_step / self.seconds_per_step:.2f} patches/s, "
-            f"waiting for data {100 * self.waited / max(self.seconds, 1e-9):.0f} %, "
-            f"{left // 3600} h {left // 60 % 60:02d} min {left % 60:02d} s of steps left, "
-            f"memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
-        )
-        if torch.cuda.is_available():
-            text += f", GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-        self.line_at = time.perf_counter()
-        self.seconds = self.waited = 0.0
-        self.steps = 0
-        return text
-
-
-def begin_with(network: nn.Module, path: str) -> None:
-    """Copy the weights of the model file `path` into `network` where name and shape agree, and log what did not."""
-    given = checkpoint.read_model(path, "set train.init_from to a model.pt, or to null")["state_dict"]
-    own = network.state_dict()
-    matched = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
-    unmatched = sorted(own.keys() - matched.keys())
-    if not matched:
-        raise TrainingError(f"{path}: none of its weights fits the network; set train.init_from to another file")
-    network.load_state_dict(matched, strict=False)
-    logger.info("%d of %d tensors begin as in %s", len(matched), len(own), path)
-    if unmatched:
-        logger.warning("not in %s, hence fresh: %s", path, ", ".join(unmatched))
 
 
 def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

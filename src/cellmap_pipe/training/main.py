@@ -27,13 +27,11 @@ from cellmap_pipe.log import FORMAT
 from cellmap_pipe.machine import memory_limit
 from cellmap_pipe.prepare.store import Store
 from cellmap_pipe.training import checkpoint, results
+from cellmap_pipe.training.lease import die_with_parent
 from cellmap_pipe.training.loop import Process, StopRequest, Training
 from cellmap_pipe.training.owner import Owner
 
 logger = logging.getLogger("cellmap_pipe.training.main")  # it runs as __main__
-
-# Time kept back from the walltime for the last checkpoint: this, but no more than a tenth of the walltime.
-STOP_SECONDS = 300.0
 
 # Threads of a rank that copy patches: two keep up with any network, reading ahead of a slow disk takes more.
 MOST_WORKERS = 4
@@ -48,6 +46,7 @@ def run_training(request_path: str | Path) -> None:
     Raises ConfigError, ContractError or TrainingError; TrainingError too when it was asked to stop before the end.
     """
     began = time.monotonic()
+    die_with_parent()
     request = read_json(request_path)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     threads = int(request.get("threads", 1))
@@ -68,6 +67,11 @@ def run_training(request_path: str | Path) -> None:
 
 def _train(request: Mapping[str, Any], process: Process) -> None:
     settings, run_dir = request["settings"], Path(request["run_dir"])
+    if process.device.type == "cuda":
+        # imported here: a CPU needs none of what it measures with
+        from cellmap_pipe.training.estimate import memory_line
+
+        logger.info("%s", memory_line(settings, process.device, process.world))
     training, validation = fold_crops(request["datalist"], request["fold"])
     damaged: dict[str, str] = {}
     store = Store(request["index"], grid=settings["grid"], damaged=damaged)
@@ -202,7 +206,10 @@ def _outdated(run_dir: Path, expected: str, *, retrain: bool) -> str | None:
 
 
 def _deadline(request: Mapping[str, Any], began: float) -> float | None:
-    """Return when to stop, in seconds of time.monotonic(), by Slurm's end of the job or the request's `runtime_min`."""
+    """Return when to stop, in seconds of time.monotonic(), by Slurm's end of the job or the request's `runtime_min`.
+
+    The setting `stop_minutes` before that, but no more than a tenth of the walltime before it.
+    """
     end = os.environ.get("SLURM_JOB_END_TIME")
     runtime = request.get("runtime_min")
     if end and end.isdigit():
@@ -211,7 +218,7 @@ def _deadline(request: Mapping[str, Any], began: float) -> float | None:
         left = 60.0 * float(runtime)
     else:
         return None
-    return began + left - min(STOP_SECONDS, left / 10)
+    return began + left - min(60 * request["settings"]["stop_minutes"], left / 10)
 
 
 def _wait(process: Process) -> None:

@@ -14,8 +14,8 @@ from cellmap_pipe.files import digest, file_digest, read_json, replacing, write_
 from cellmap_pipe.prepare.store import Store
 from cellmap_pipe.training import checkpoint
 
-# Settings that say when something is kept, or what becomes of a fault, not what comes out.
-INERT_SETTINGS = ("checkpoint_minutes", "on_damage")
+# Settings that say when and where something is kept, or what becomes of a fault, not what comes out.
+INERT_SETTINGS = ("checkpoint_minutes", "keep_every", "stop_minutes", "on_damage", "mlflow")
 
 FINGERPRINT = "fingerprint.json"
 BEST = "best.pt"
@@ -74,8 +74,11 @@ def set_aside(run_dir: Path) -> Path:
 def publish(run_dir: Path, state: Mapping[str, Any], outputs: Mapping[str, str], model: str, fold: str) -> None:
     """Write model.pt, history.csv and metrics.json, in this order, from a finished run directory.
 
-    state: its last checkpoint. Raises TrainingError if the best weights are missing or of another training.
+    state: its last checkpoint. Raises TrainingError if it made no step, or if the best weights are missing or of
+    another training.
     """
+    if not state["progress"]["step"]:
+        raise TrainingError(f"{run_dir}: the training finished without a step; rename {run_dir} and train again")
     best = run_dir / BEST
     if not best.is_file():
         raise TrainingError(f"{best}: missing although the training finished; rename {run_dir} and train again")
@@ -102,9 +105,12 @@ def publish(run_dir: Path, state: Mapping[str, Any], outputs: Mapping[str, str],
             "parameters": state["parameters"],
             "best_step": contents["step"],
             "best_mean_dice": validation["mean_dice"],
+            "best_smoothed_dice": validation["smoothed_dice"],
+            "best_challenge_score": validation["challenge_score"],
             "dice": validation["dice"],
             "untrained_mean_dice": state["progress"]["untrained"],
             "skipped_crops": state["progress"]["skipped"],
+            "alarms": sorted(state["progress"]["alarms"].values()),
             "classes": contents["classes"],
             "grid": contents["grid"],
             "patch": contents["patch"],
@@ -114,13 +120,17 @@ def publish(run_dir: Path, state: Mapping[str, Any], outputs: Mapping[str, str],
 
 
 def history_csv(history: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> str:
-    """Return history.csv: step, loss (mean since the last row), lr, mean_dice, dice_<class>; empty: not validated."""
+    """Return history.csv: step, loss (mean since the last row), lr, and the scores; empty: not validated.
+
+    mean_dice, smoothed_dice (by which the best weights are chosen), challenge_score (its semantic part), dice_<class>.
+    """
+    scores = ("mean_dice", "smoothed_dice", "challenge_score")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["step", "loss", "lr", "mean_dice", *[f"dice_{name}" for name in classes]])
+    writer.writerow(["step", "loss", "lr", *scores, *[f"dice_{name}" for name in classes]])
     for row in history:
-        scores = [row["mean_dice"], *[row["dice"].get(name) for name in classes]]
+        values = [*[row[name] for name in scores], *[row["dice"].get(name) for name in classes]]
         writer.writerow(
-            [row["step"], f"{row['loss']:.6g}", f"{row['lr']:.6g}", *["" if s is None else f"{s:.6f}" for s in scores]]
+            [row["step"], f"{row['loss']:.6g}", f"{row['lr']:.6g}", *["" if v is None else f"{v:.6f}" for v in values]]
         )
     return text.getvalue()

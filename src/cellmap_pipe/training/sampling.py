@@ -20,6 +20,7 @@ from cellmap_pipe.prepare.layout import BLOCKED, Volume
 from cellmap_pipe.prepare.nifti import slab_ranges
 from cellmap_pipe.prepare.state_table import UNKNOWN_ROW
 from cellmap_pipe.prepare.store import Store
+from cellmap_pipe.training.augment import isotropic
 
 # What a sample's random numbers are drawn for: each purpose has a stream of its own.
 POSITION, AUGMENTATION, PARTNER, PARTNER_AUGMENTATION, MIXUP = range(5)
@@ -65,21 +66,25 @@ def uniforms(seed: int, step: int, index: int, purpose: int, count: int) -> list
 class Patch:
     """A box of a crop's stored arrays: lowest corner (z, y, x), which may lie outside them.
 
-    anchor: the voxel of the patch, counted from that corner, that it was drawn for and that is known; of a validation
-    patch the first that it scores.
+    axis: the stored axis that is the patch's first; the other two follow it in their stored order. It is 0, z, but for
+    slices across another axis: one across y shows rows along z and columns along x, one across x z and y.
+    anchor: the voxel of the patch, on its own axes and counted from that corner, that it was drawn for and that is
+    known; of a validation patch the first that it scores.
     """
 
     crop: int
     origin: Shape3
     anchor: Shape3
+    axis: int = 0
 
 
 class Patches:
     """The crops that a training or validation reads, and copies of boxes of them.
 
     store: the training store. crops: names. classes: the model's classes, some or all of the store's.
-    patch: (z, y, x) voxels. `tables` holds the crops' state tables, uint8 (crops, classes, rows), columns as `classes`;
-    `shapes` and `voxels` (nm) those of the crops' stored arrays, (z, y, x).
+    patch: (z, y, x) voxels. `boxes` holds the boxes in stored order of patches whose first axis is z, y or x; `tables`
+    the crops' state tables, uint8 (crops, classes, rows), columns as `classes`; `shapes` and `voxels` (nm) those of the
+    crops' stored arrays, (z, y, x).
     """
 
     def __init__(self, store: Store, crops: Sequence[str], classes: Sequence[str], patch: Sequence[int]) -> None:
@@ -87,6 +92,8 @@ class Patches:
         self.crops = list(crops)
         self.classes = list(classes)
         self.patch = shape3(patch)
+        length, height, width = self.patch
+        self.boxes: tuple[Shape3, ...] = (self.patch, (height, length, width), (height, width, length))
         missing = [name for name in classes if name not in store.classes]
         if missing:
             raise TrainingError(
@@ -112,12 +119,14 @@ class Patches:
         return counts["present"] + counts["absent"], counts["present"]
 
     def copy(self, patch: Patch, image: npt.NDArray[np.uint8], label: npt.NDArray[np.integer]) -> None:
-        """Copy the patch into `image` and `label` (z, y, x). Outside the arrays EM is mirrored, labels are unknown.
+        """Copy the patch into `image` and `label` of its shape. Outside the arrays EM is mirrored, labels are unknown.
 
         Raises ValueError for a patch that leaves the arrays along an axis without holding all of it.
         """
         image_volume, label_volume = self._volumes(patch.crop)
         start, inside = self._inside(patch)
+        if patch.axis:  # views in stored order
+            image, label = np.moveaxis(image, 0, patch.axis), np.moveaxis(label, 0, patch.axis)
         if start == patch.origin and image[inside].shape == image.shape:
             image_volume.copy(start, image)
             label_volume.copy(start, label)
@@ -144,7 +153,7 @@ class Patches:
 
     def _inside(self, patch: Patch) -> tuple[Shape3, tuple[slice, slice, slice]]:
         """Return where in the stored arrays the patch's part inside them begins, and which part of it that is."""
-        (z, y, x), (depth, height, width) = patch.origin, self.patch
+        (z, y, x), (depth, height, width) = patch.origin, self.boxes[patch.axis]
         planes, rows, columns = self.shapes[patch.crop]
         part = (
             slice(max(-z, 0), min(depth, planes - z)),
@@ -189,13 +198,19 @@ class Sampler:
 
     centred_fraction: the probability of the former. A class's weight is (number of crops annotating it)^class_power:
     1 draws classes by their share of crops, 0 all equally often, a negative one prefers the rarely annotated ones.
-    Raises TrainingError if no crop has a known voxel of the model's classes.
+    planes: what patches of one slice are slices across: "z", or "all" axes, equally often, of crops whose voxels are
+    isotropic. Raises TrainingError if no crop has a known voxel of the model's classes.
     """
 
-    def __init__(self, patches: Patches, *, seed: int, centred_fraction: float, class_power: float) -> None:
+    def __init__(
+        self, patches: Patches, *, seed: int, centred_fraction: float, class_power: float, planes: str = "z"
+    ) -> None:
         self.patches = patches
         self.seed = seed
         self.centred_fraction = centred_fraction
+        turned = planes == "all" and patches.patch[0] == 1
+        #: of each crop, how many axes may be a patch's first
+        self.axes = [3 if turned and isotropic(voxel_nm) else 1 for voxel_nm in patches.voxels]
         annotating = [
             [crop for crop in range(len(patches.crops)) if patches.counts(crop, name)[0]] for name in patches.classes
         ]
@@ -211,7 +226,7 @@ class Sampler:
 
     def draw(self, step: int, index: int, purpose: int = POSITION) -> Patch:
         """Return sample `index` of step `step`; its anchor is known for one of the model's classes."""
-        which, where, centring, number, *jitter = uniforms(self.seed, step, index, purpose, 7)
+        which, where, centring, number, *jitter, across = uniforms(self.seed, step, index, purpose, 8)
         entry = bisect_right(self.cumulative, which * self.cumulative[-1], hi=len(self.cumulative) - 1)
         column, crops = self.classes[entry]
         crop = crops[int(where * len(crops))]
@@ -221,16 +236,20 @@ class Sampler:
             voxel = voxels.of_classes[first + int(number * (last - first))].tolist()
         else:
             voxel = voxels.known[int(number * len(voxels.known))].tolist()
+        axis = int(across * self.axes[crop])
         origin = []
         for centre, length, size, shift in zip(
-            voxel, self.patches.patch, self.patches.shapes[crop], jitter, strict=True
+            voxel, self.patches.boxes[axis], self.patches.shapes[crop], jitter, strict=True
         ):
             reach = int(JITTER * length)
             start = centre - length // 2 + int(shift * (2 * reach + 1)) - reach
             # inside the stored array where that is larger than the patch; around all of it where smaller
             origin.append(min(max(start, min(0, size - length)), max(0, size - length)))
         (z, y, x), (top, left, front) = voxel, origin
-        return Patch(crop, (top, left, front), (z - top, y - left, x - front))
+        anchor = (z - top, y - left, x - front)
+        if axis:
+            anchor = shape3([anchor[axis], *anchor[:axis], *anchor[axis + 1 :]])
+        return Patch(crop, (top, left, front), anchor, axis)
 
     def _crop_voxels(self, crop: int) -> _Voxels:
         """Return the sampled voxels of a crop. What the store lists stays in its memory map."""
@@ -283,7 +302,10 @@ class Tile:
 
 
 def tiles(patches: Patches) -> list[Tile]:
-    """Return fixed patches that cover the label box of every crop once; voxels seen twice belong to one of them."""
+    """Return fixed patches that cover the label box of every crop once; voxels seen twice belong to one of them.
+
+    Those of networks of slices are slices across z, as in prediction, whatever they are trained on.
+    """
     found = []
     for crop, name in enumerate(patches.crops):
         record = patches.store.crops[name]
@@ -317,13 +339,15 @@ def _axis_tiles(offset: int, length: int, size: int, step: int) -> list[tuple[in
     return found
 
 
-def known_fraction(sampler: Sampler, draws: int = 16) -> float:
+def known_fraction(sampler: Sampler, draws: int = 32) -> float:
     """Return the mean share of known (voxel, class) pairs in the first `draws` patches of a training."""
     patches = sampler.patches
     image, label = np.empty(patches.patch, np.uint8), np.empty(patches.patch, patches.label_dtype)
+    known = (patches.tables != UNKNOWN).mean(axis=1)
     shares = []
     for index in range(draws):
         patch = sampler.draw(0, index)
         patches.copy(patch, image, label)
-        shares.append((patches.tables[patch.crop] != UNKNOWN).mean(axis=0)[label].mean())
+        rows = np.bincount(label.ravel(), minlength=known.shape[1])
+        shares.append(known[patch.crop] @ rows / label.size)
     return float(np.mean(shares))
