@@ -7,7 +7,6 @@ what is allowed is in workflow/schemas. Errors are found before any job starts a
 This module is imported whenever Snakemake reads the workflow, so it imports nothing slow.
 """
 
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +18,9 @@ from typing import Any, TypeVar
 from cellmap_pipe.classes import derivable, get_class
 from cellmap_pipe.errors import ConfigError
 from cellmap_pipe.schema import Fault, Key, Schema, load_yaml, nearest
-from cellmap_pipe.training.zoo import check_network, with_architecture
+from cellmap_pipe.training.architecture import SEARCH_SETTINGS
+from cellmap_pipe.training.loss_options import loss_options
+from cellmap_pipe.training.zoo import check_network, check_patch, with_architecture
 
 # Raise a stage's number whenever its code gives other results than before: library code triggers no rerun by itself.
 RESULT_VERSIONS: dict[str, int] = {
@@ -145,6 +146,7 @@ class Config:
     nnunet: Mapping[str, Any]
     chosen_context_nm: float | None
     store_memory_gb: float | None
+    search: Mapping[str, Any]
     segment: Mapping[str, Any]
     rules: str
     revisions: Mapping[str, int]
@@ -271,6 +273,23 @@ class Config:
             "revision": self.revisions["chunk"],
         }
 
+    def search_settings(self) -> dict[str, Any]:
+        """Return what a search for an architecture takes from its model: of the model's own network, nothing.
+
+        Raises ConfigError for a model that does not exist, or whose patches the networks of the search do not take.
+        """
+        name = self.search["model"]
+        if name not in self.resolved:
+            raise ConfigError(f"search.model names an unknown model '{name}'; {nearest(name, list(self.resolved))}")
+        settings = self.model(name).training_settings()
+        try:
+            check_patch("DiNTS", {"architecture": self.search}, settings["patch"], settings["spatial_dims"])
+        except ConfigError as error:
+            raise ConfigError(
+                f"search.model {name} with search.num_depths {self.search['num_depths']}: {error}"
+            ) from None
+        return {key: settings[key] for key in SEARCH_SETTINGS}
+
     def segmentation_settings(self) -> dict[str, Any]:
         chosen = self.segment
         return {
@@ -345,6 +364,7 @@ def load_config(
         nnunet=values["nnunet"],
         chosen_context_nm=values["chunks"]["context_nm"],
         store_memory_gb=values["chunks"]["memory_gb"],
+        search=values["search"],
         segment=values["segment"],
         rules=values["evaluate"]["rules"],
         revisions=values["revisions"],
@@ -483,7 +503,9 @@ def _resolve_model(
             for name in (path.stem, "*"):
                 if _holds(overrides.get(name, {}), key):
                     return sources.of(("overrides", name, *key))
-            return _shown(path) if _holds(own, key) else sources.of(key)
+            if key[0] in base and not _holds(own, key):
+                return sources.of(key)
+            return _shown(path) if key == ("network",) or _holds(own, key) else source("network")
 
         for fault in schema.faults(entries):
             raise ConfigError(_line(source(*fault.key), fault))
@@ -541,11 +563,20 @@ def _check_model(name: str, entries: Mapping[str, Any], values: Mapping[str, Any
             f"{source('train', 'class_weights')}: train.class_weights of model {name} has {len(weights)} entries for "
             f"{len(entries['classes'])} classes; give one per class, or none"
         )
-    if math.fsum(entries["train"]["deep_supervision"]) <= 0:
+    if not isinstance(weights, str) and not any(weights):
         raise ConfigError(
-            f"{source('train', 'deep_supervision')}: train.deep_supervision of model {name} is all zero; "
-            "at least one output must have a weight"
+            f"{source('train', 'class_weights')}: train.class_weights of model {name} is all zero; "
+            "at least one class must have a weight"
         )
+    if not entries["train"]["deep_supervision"][0]:
+        raise ConfigError(
+            f"{source('train', 'deep_supervision')}: train.deep_supervision of model {name} gives the first output, "
+            "the one that predictions come from, no weight; begin with a number above 0"
+        )
+    try:
+        loss_options(entries["train"]["loss"], entries["train"]["loss_options"])
+    except ConfigError as error:
+        raise ConfigError(f"{source('train', 'loss_options')}: model {name}: {error}") from None
     for group in entries["train"]["groups"]:
         if fault := _group_fault(group, entries["classes"], values["classes"]):
             raise ConfigError(f"{source('train', 'groups')}: train.groups of model {name} {fault}")
@@ -564,5 +595,5 @@ def _check_model(name: str, entries: Mapping[str, Any], values: Mapping[str, Any
     try:
         check_network(entries["network"], entries["arguments"], entries["spatial_dims"], entries["train"]["patch"])
     except ConfigError as error:
-        key = ("train", "patch") if "train.patch" in str(error) else ("network",)
-        raise ConfigError(f"{source(*key)}: {error}") from None
+        named = re.match(r"arguments\.\w+|train\.patch", str(error))
+        raise ConfigError(f"{source(*named[0].split('.') if named else ['network'])}: {error}") from None

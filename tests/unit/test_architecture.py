@@ -195,8 +195,9 @@ class Malicious:
 def test_a_file_that_would_run_code_is_refused(tmp_path: Path, new: bool) -> None:
     published, touched = tmp_path / "arch_code.pth", tmp_path / "touched"
     torch.save({"node_a": Malicious(touched)}, published, _use_new_zipfile_serialization=new)
-    with pytest.raises(ConfigError, match=r"arch_code\.pth: holds more than arrays of numbers"):
+    with pytest.raises(ConfigError, match=r"arch_code\.pth: holds more than arrays .*\(Unsupported .*getattr") as error:
         import_architecture(published, tmp_path / "found.json")
+    assert "torch.load" not in str(error.value), "torch's advice, to load it all the same"
     assert not touched.exists()
     torch.load(published, weights_only=False)
     assert touched.exists(), "the file would have run code"

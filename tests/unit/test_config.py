@@ -1,6 +1,7 @@
 import dataclasses
 import json
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,10 +67,15 @@ def test_the_comparison_has_every_model_but_the_presets_of_one_grid():
     assert sorted(config.models) == sorted(name for name in config.resolved if not name.endswith("_8nm"))
 
 
-def test_loading_costs_little():
-    started = time.process_time()
-    resolve()
-    assert time.process_time() - started < 0.5
+def test_reading_the_configuration_imports_nothing_slow():
+    slow = {"torch", "monai", "numpy", "pandas", "scipy", "zarr", "dynamic_network_architectures"}
+    code = (
+        "import sys, yaml, pathlib; from cellmap_pipe.config import load_config; root = pathlib.Path(sys.argv[1]);"
+        "values = yaml.safe_load((root / 'config/config.yaml').read_text());"
+        "config = load_config(values, schemas=root / 'workflow/schemas', models=root / 'config/models');"
+        f"[config.model(name) for name in config.resolved]; assert not {slow} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(ROOT)], check=True)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +120,44 @@ def test_loading_costs_little():
             "extra.yaml: classes of model swinunetr hold 'mito', which `classes`",
         ),
         ("overrides: {swinunetr: {train: {class_weights: [1, 2]}}}", "has 2 entries for 14 classes"),
+        (
+            "overrides: {swinunetr: {classes: [pm, nuc], train: {class_weights: [0, 0]}}}",
+            "extra.yaml: train.class_weights of model swinunetr is all zero; at least one class must have a weight",
+        ),
+        (
+            "overrides: {swinunetr: {train: {deep_supervision: [0, 1]}}}",
+            "extra.yaml: train.deep_supervision of model swinunetr gives the first output, the one that predictions",
+        ),
+        (
+            "overrides: {swinunetr: {train: {loss_options: {alpha: 0, beta: 0}}}}",
+            "extra.yaml: model swinunetr: train.loss_options: alpha and beta are both 0",
+        ),
+        (
+            "overrides: {swinunetr: {arguments: {feature_sise: 24}}}",
+            "extra.yaml: arguments.feature_sise: SwinUNETR has no such argument; did you mean feature_size?",
+        ),
+        (
+            "overrides: {swinunetr: {arguments: {patch_size: [2, 2, 2]}}}",
+            "extra.yaml: arguments.patch_size is [2, 2, 2]; give a positive integer",
+        ),
+        (
+            "overrides: {swinunetr: {network: UNet, arguments: {feature_size: null, use_v2: null}}}",
+            "extra.yaml: arguments.channels is missing; UNet needs channels, strides",
+        ),
+        (
+            "{models: [dints], overrides: {dints: {arguments: {architecture: null}}}}",
+            "extra.yaml: arguments.architecture is missing; DiNTS needs architecture",
+        ),
+        (
+            "{models: [dints], overrides: {dints: {arguments: {use_downsample: maybe}}}}",
+            "extra.yaml: arguments.use_downsample is 'maybe'; give true or false",
+        ),
+        (
+            "{models: [dints], overrides: {dints: {spatial_dims: 2, train: {patch: [1, 96, 96]}}}}",
+            "dints.yaml: arguments.architecture is one of spatial_dims 3; it does not fit a network of spatial_dims 2",
+        ),
+        ("resources: {predict: {gpu_gb: 40}}", "extra.yaml: resources.predict.gpu_gb is not a known key"),
+        ("search: {warmup: 1}", "extra.yaml: search.warmup is 1; allowed: a number >= 0 < 1"),
         ("train: {lr: fast}", "extra.yaml: train.lr is 'fast'; allowed: a number > 0 (highest learning rate)"),
         (
             "train: {normalisation: percentiles}",
@@ -154,6 +198,9 @@ def test_a_fault_of_a_model_file_names_the_file(tmp_path):
         resolve("models: [small]", models=models)
     (models / "small.yaml").write_text("network: SegResNetDS\nspatial_dims: 3\ntrian: {}\n")
     with pytest.raises(ConfigError, match=r"models/small.yaml: trian is not a known key; did you mean 'train'\?"):
+        resolve("models: [small]", models=models)
+    (models / "small.yaml").write_text("spatial_dims: 3\n")
+    with pytest.raises(ConfigError, match=r"models/small.yaml: network is missing"):
         resolve("models: [small]", models=models)
 
 
@@ -269,6 +316,31 @@ def test_groups_that_teach_their_parts_must_be_formed_by_the_outputs():
     }.items():
         with pytest.raises(ConfigError, match=rf"train\.groups of model segresnet_ds {fault}"):
             resolve(base.replace("X", group))
+
+
+def test_a_search_takes_patches_and_classes_of_its_model_and_nothing_of_its_network():
+    config = resolve("search: {lr: 1e-3, max_steps: 2e3}")
+    assert (config.search["lr"], config.search["max_steps"]) == (1e-3, 2000)
+    other = "overrides: {dints: {network: SegResNetDS, arguments: {architecture: null}, train: {lr: 1}}}"
+    assert resolve(other).search_settings() == config.search_settings()
+    assert resolve("search: {model: segresnet_32nm}").search_settings()["grid"] == "32nm"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("search: {model: dint}", "search.model names an unknown model 'dint'; did you mean 'dints'?"),
+        (
+            "{search: {model: unet_3d}, overrides: {unet_3d: {train: {patch: [40, 96, 96]}}}}",
+            r"search.model unet_3d with search.num_depths 4: train.patch .* divisible by 16 .*; try \[32, 96, 96\]",
+        ),
+        ("overrides: {dints: {network: DINTS}}", "network 'DINTS' is unknown"),
+    ],
+)
+def test_a_search_that_could_not_run_is_refused_when_it_is_asked_for(extra, message):
+    config = resolve(extra)
+    with pytest.raises(ConfigError, match=message):
+        config.search_settings()
 
 
 def test_nnunet_datasets_have_three_digits():

@@ -116,6 +116,15 @@ def test_the_lease_names_the_training_and_is_taken_before_anything_is_written(pr
     launch({**program["request"], "device": "auto"}, "train.log", processes=2, threads=2)
     assert taken == [(["GPU-a", "GPU-b"], 2, {"model": "net", "fold": "0"})]
     assert program["environment"]["CUDA_VISIBLE_DEVICES"] == "GPU-a,GPU-b"
+    # a driver that torch cannot use then is an error, not a training on the CPU
+    assert read_json(tmp_path / "run" / "request.json")["device"] == "cuda"
+
+
+def test_without_a_gpu_the_training_may_use_the_cpu(program, monkeypatch, tmp_path):
+    monkeypatch.setattr("cellmap_pipe.training.lease.machine_gpus", list)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    launch({**program["request"], "device": "auto"}, "train.log", processes=2, threads=2)
+    assert read_json(tmp_path / "run" / "request.json")["device"] == "auto"
 
 
 def test_too_few_gpus_are_an_error_before_torchrun_starts(program, monkeypatch, tmp_path):

@@ -160,26 +160,86 @@ def leased(monkeypatch):
         ({VISIBLE: "4,GPU-1,0"}, 2, ["GPU-4", "GPU-1", "GPU-0"]),
         ({VISIBLE: "4,5"}, 2, ["GPU-4", "GPU-5"]),
         ({"SLURM_JOB_ID": "7", VISIBLE: "2,3,4"}, 2, ["GPU-2", "GPU-3", "GPU-4"]),
+        ({"SLURM_JOB_ID": "7", VISIBLE: "2,3"}, 2, ["GPU-2", "GPU-3"]),
     ],
 )
 def test_gpus_are_leased_among_those_that_are_visible(leased, environment, count, choice):
-    assign_gpus(count, {}, environment, SIX)
+    assert assign_gpus(count, {}, environment, SIX)
     assert leased == [(choice, count)]
     assert environment[VISIBLE] == ",".join(choice[:count])
 
 
-def test_what_slurm_gives_is_used_as_it_is(leased):
-    environment = {"SLURM_JOB_ID": "7", VISIBLE: "0,1"}
+@pytest.mark.parametrize(("listed", "present"), [("0,1", []), ("2,3", SIX[3:5]), ("0,1", SIX[:1])])
+def test_what_slurm_gives_is_used_as_it_is_where_the_driver_does_not_confirm_it(leased, listed, present):
+    environment = {"SLURM_JOB_ID": "7", VISIBLE: listed}
     before = dict(environment)
-    assign_gpus(2, {}, environment, [])
-    assign_gpus(2, {}, environment, SIX[3:5])
+    assert assign_gpus(2, {}, environment, present)
     assert environment == before
+    assert not leased
+
+
+def test_trainings_in_one_interactive_job_take_turns(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr("cellmap_pipe.training.lease.TEMPORARY", tmp_path)
+    monkeypatch.setattr("cellmap_pipe.training.lease.time.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    caplog.set_level("INFO")
+    before = open_descriptors()
+    first = {"SLURM_JOB_ID": "7", VISIBLE: "0,1"}
+    assert assign_gpus(2, {"model": "net"}, first, SIX[3:5])
+    assert first[VISIBLE] == "GPU-3,GPU-4"
+    with pytest.raises(KeyboardInterrupt):
+        assign_gpus(2, {}, {"SLURM_JOB_ID": "7", VISIBLE: "0,1"}, SIX[3:5])
+    assert f"held are GPU-3 by process {os.getpid()} (model net)" in caplog.text
+    for descriptor in open_descriptors() - before:
+        os.close(descriptor)
+
+
+def test_a_holder_without_a_readable_record_is_waited_for_too(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr("cellmap_pipe.training.lease.time.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    caplog.set_level("INFO")
+    before = open_descriptors()
+    lease(SIX[:2], 2, {}, tmp_path)
+    (tmp_path / "GPU-0" / "holder.json").unlink()
+    (tmp_path / "GPU-1" / "holder.json").write_text('{"model": "ne')
+    with pytest.raises(KeyboardInterrupt):
+        lease(SIX[:2], 2, {}, tmp_path)
+    assert "GPU-0 by a process that left no name; GPU-1 by a process that left no name" in caplog.text
+    for descriptor in open_descriptors() - before:
+        os.close(descriptor)
+
+
+def test_a_full_disk_does_not_keep_a_training_from_its_gpu(tmp_path):
+    before = open_descriptors()
+    (tmp_path / "GPU-0").mkdir()
+    (tmp_path / "GPU-0" / "holder.json").symlink_to("/dev/full")
+    assert lease(SIX[:1], 1, {}, tmp_path) == ["GPU-0"]
+    for descriptor in open_descriptors() - before:
+        os.close(descriptor)
+
+
+def test_where_there_can_be_no_locks_the_gpus_are_those_that_are_listed(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr("cellmap_pipe.training.lease.TEMPORARY", tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / f"cellmap_pipe-{os.getuid()}").symlink_to(elsewhere)
+    with pytest.raises(TrainingError, match=r"is no folder of this user's\); list the 2 that .* CUDA_VISIBLE_DEVICES"):
+        assign_gpus(2, {}, {}, SIX)
+    environment = {VISIBLE: "1,2"}
+    assert assign_gpus(2, {}, environment, SIX)
+    assert environment[VISIBLE] == "GPU-1,GPU-2"
+    assert "no other training must use GPU-1, GPU-2" in caplog.text
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_job_that_asks_for_no_gpu_sees_none(leased):
+    environment = {VISIBLE: "0,1"}
+    assert not assign_gpus(0, {}, environment, SIX)
+    assert environment == {VISIBLE: ""}
     assert not leased
 
 
 def test_a_machine_without_gpus_trains_on_its_processor(leased, caplog):
     environment: dict[str, str] = {}
-    assign_gpus(2, {}, environment, [])
+    assert not assign_gpus(2, {}, environment, [])
     assert not environment
     assert "2 GPUs were asked for and this machine has none" in caplog.text
 

@@ -1,6 +1,7 @@
 """The masked loss: against its formula voxel by voxel, and on the points where a careless one goes wrong."""
 
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import distributed
 
 sys.path.insert(0, str(Path(__file__).parent))
-from training_case import finish, in_ranks, save_loss_gradient
+from training_case import finish, in_ranks
 
 from cellmap_pipe.errors import ConfigError
 from cellmap_pipe.training.losses import build_loss, pool
@@ -222,25 +224,66 @@ def test_passes_with_groups_add_up_to_the_joint_batch() -> None:
     assert (found - expected).norm() <= 1e-6 * expected.norm()
 
 
-def test_two_ranks_have_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
-    _, target, known = batch(9, (4, 3, 8, 8, 8))
+SHARED = {"class_weights": [1.0, 2.0, 5.0], "deep_supervision": [1, 0.5, 0], "loss": "balanced_tversky"}
+
+
+class Heads(torch.nn.Module):
+    """Three outputs, of which the last has no weight in the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(torch.nn.Conv3d(1, 3, 3, padding=1, stride=2**n) for n in range(3))
+
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        return [layer(image) for layer in self.layers]
+
+
+def joint_batch() -> tuple[torch.Tensor, ...]:
+    """Return image, target and known-mask, with two groups, and the weights of four samples."""
+    random = torch.Generator().manual_seed(1)
+    target, known = ((torch.rand(4, 5, 8, 8, 8, generator=random) > limit).float() for limit in (0.7, 0.4))
     known[:2, 0] = 0  # what a rank knows differs from what the batch knows
     known[2:, 1] *= target[2:, 1]
-    image = torch.rand(4, 1, 8, 8, 8, generator=torch.Generator().manual_seed(1))
-    torch.manual_seed(0)
-    layer = torch.nn.Conv3d(1, 3, 3, padding=1)
-    weights = [1.0, 2.0, 5.0]
-    torch.save(
-        {"image": image, "target": target, "known": known, "layer": layer.state_dict(), "weights": weights},
-        tmp_path / "batch.pt",
-    )
-    expected = build_loss({"class_weights": weights}, 3)(layer(image), target, known)
+    known[2:, 4] = 0  # a group that one rank alone learns from
+    return torch.rand(4, 1, 8, 8, 8, generator=random), target, known, torch.tensor([1.0, 0.3, 0.7, 1.0])
+
+
+def save_gradient(environment: dict[str, str], folder: str) -> None:
+    os.environ.update(environment)
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    network = torch.nn.parallel.DistributedDataParallel(Heads())
+    loss = build_loss(SHARED, 3, groups=[[0, 1], [1, 2]])
+    for _ in range(2):  # a parameter without gradient is an error in the second
+        image, target, known, weight = (part.chunk(2)[rank] for part in joint_batch())
+        counts = loss.counts(target, known)
+        distributed.all_reduce(counts)
+        loss.observe(counts)
+        network.zero_grad()
+        value = loss(network(image), target, known, weight)
+        value.backward()
+    distributed.all_reduce(value := value.detach().clone())
+    if not rank:
+        torch.save([value / 2, *(parameter.grad for parameter in network.parameters())], f"{folder}/found.pt")
+    distributed.barrier()
+
+
+def test_two_ranks_have_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
+    image, target, known, weight = joint_batch()
+    network, loss = Heads(), build_loss(SHARED, 3, groups=[[0, 1], [1, 2]])
+    loss.observe(loss.counts(target, known))
+    expected = loss(network(image), target, known, weight)
     expected.backward()
-    assert finish(*in_ranks(2, save_loss_gradient, str(tmp_path))) == [0, 0]
-    found = torch.load(tmp_path / "ranks.pt", weights_only=True)
-    assert float(found["loss"]) == pytest.approx(float(expected.detach()), rel=1e-6)
-    assert layer.weight.grad is not None
-    assert (found["gradient"] - layer.weight.grad).norm() <= 1e-6 * layer.weight.grad.norm()
+    assert finish(*in_ranks(2, save_gradient, str(tmp_path))) == [0, 0]
+    value, *gradients = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert float(value) == pytest.approx(float(expected.detach()), rel=1e-6)
+    wanted = [parameter.grad for parameter in network.parameters()]
+    norm = torch.stack([gradient.norm() for gradient in wanted]).norm()
+    assert norm > 0
+    for found, gradient in zip(gradients, wanted, strict=True):
+        assert (found - gradient).norm() <= 1e-6 * norm
+    assert all(not gradient.any() for gradient in gradients[4:])
 
 
 def test_unknown_preset_or_wrong_number_of_weights_is_refused() -> None:
@@ -250,6 +293,8 @@ def test_unknown_preset_or_wrong_number_of_weights_is_refused() -> None:
         build_loss({"class_weights": [1, 2]}, 3)
     with pytest.raises(ConfigError, match="must be finite and not negative"):
         build_loss({"class_weights": [1, -2, 1]}, 3)
+    with pytest.raises(ConfigError, match="no class is learnt"):
+        build_loss({"class_weights": [0, 0, 0]}, 3)
 
 
 def test_no_deep_supervision_is_the_first_output_alone() -> None:

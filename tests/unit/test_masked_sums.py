@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from cellmap_pipe.training import masked_sums
-from cellmap_pipe.training.losses import PRESETS, MaskedLoss, build_loss, pool
+from cellmap_pipe.training.loss_options import PRESETS
+from cellmap_pipe.training.losses import MaskedLoss, build_loss, pool
 
 torch.set_num_threads(1)
 

@@ -3,6 +3,8 @@
 import faulthandler
 import multiprocessing
 import os
+import re
+import signal
 import socket
 import sys
 import time
@@ -227,6 +229,12 @@ def start_ranks(request: dict[str, Any], world: int) -> list[BaseProcess]:
     return in_ranks(world, _train, write_request_file(request))
 
 
+def start_dying(request: dict[str, Any], world: int, step: int, size: int) -> list[BaseProcess]:
+    """Start a training whose first rank dies by SIGKILL in the checkpoint of `step` or later, `size` bytes into it."""
+    arguments = (write_request_file(request), step, size)
+    return [in_process(_train_and_die, {}, *arguments)] if world == 1 else in_ranks(world, _train_and_die, *arguments)
+
+
 def finish(*processes: BaseProcess) -> list[int | None]:
     """Wait for the processes and return their exit codes."""
     for process in processes:
@@ -257,27 +265,17 @@ def _train(environment: dict[str, str], request_path: str) -> None:
     main(request_path)
 
 
-def save_loss_gradient(environment: dict[str, str], folder: str) -> None:
-    """Save value and gradient of the loss of the batch in {folder}/batch.pt, of which each rank sees a part."""
-    import torch
-    from torch import distributed
-    from torch.nn.parallel import DistributedDataParallel
+def _train_and_die(environment: dict[str, str], request_path: str, step: int, size: int) -> None:
+    from cellmap_pipe.training import checkpoint
 
-    from cellmap_pipe.training.losses import build_loss
+    write = checkpoint._Digested.write
 
-    os.environ.update(environment)
-    distributed.init_process_group("gloo")
-    rank, world = distributed.get_rank(), distributed.get_world_size()
-    batch = torch.load(f"{folder}/batch.pt", weights_only=True)
-    image, target, known = (batch[key].chunk(world)[rank] for key in ("image", "target", "known"))
-    layer = torch.nn.Conv3d(1, target.shape[1], 3, padding=1)
-    layer.load_state_dict(batch["layer"])
-    network = DistributedDataParallel(layer)
-    loss = build_loss({"class_weights": batch["weights"]}, target.shape[1])(network(image), target, known)
-    loss.backward()
-    value = loss.detach().clone()
-    distributed.all_reduce(value)
-    if rank == 0:
-        assert layer.weight.grad is not None
-        torch.save({"loss": value / world, "gradient": layer.weight.grad}, f"{folder}/ranks.pt")
-    distributed.barrier()
+    def write_or_die(self: Any, data: Any) -> int:
+        found = re.search(r"-step(\d+)\.pt$", str(self.stream.name))
+        if found and int(found[1]) >= step and self.stream.tell() >= size:
+            self.stream.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(self, data)
+
+    checkpoint._Digested.write = write_or_die  # type: ignore[method-assign]
+    _train(environment, request_path)

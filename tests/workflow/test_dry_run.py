@@ -195,6 +195,13 @@ def test_a_fault_of_a_model_shows_when_it_is_targeted(tmp_path):
     assert "train.patch [30, 256, 256] must be divisible by 16" in refusal(tmp_path, extra, "train_vit_3d", "-n")
 
 
+def test_a_search_is_planned_when_it_is_asked_for_and_refused_in_one_line(tmp_path):
+    assert "search_dints" not in plan("--configfile", ROOT / "config" / "comparison.yaml")
+    assert plan("search_dints")["search_dints"] == 1
+    extra = "search: {model: dint}"
+    assert "search.model names an unknown model 'dint'" in refusal(tmp_path, extra, "search_dints", "-n")
+
+
 @pytest.mark.parametrize("target", ["submission", "segment_swinunetr"])
 def test_without_volumes_their_targets_name_the_key_to_set(tmp_path, target):
     assert "data.volumes is not set" in refusal(tmp_path, "data: {volumes: null}", target, "-n")

@@ -56,6 +56,19 @@ def model_of(wildcards):
     return model_named(wildcards.model)
 
 
+def search_settings():
+    """Return what the search takes from the model."""
+    try:
+        return CONFIG.search_settings()
+    except ConfigError as error:
+        refuse(error)
+
+
+def searched_model():
+    """Return the model whose patches, batch, classes and crops the search uses."""
+    return CONFIG.model(CONFIG.search["model"])
+
+
 def given_truth(wildcards):
     """Return the truth of the volumes to segment; its group file stands for it, for a folder's time says nothing."""
     if not CONFIG.data.truth:

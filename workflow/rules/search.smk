@@ -2,31 +2,13 @@
 # the file under `arguments: {architecture: ...}`. One process, on the first fold: its validation crops take no part.
 
 
-from cellmap_pipe.training.architecture import SEARCH_SETTINGS
-
-
-def searched_model():
-    """Return the model whose patches, batch, classes and crops the search uses."""
-    name = config["search"]["model"]
-    if name not in KNOWN_MODELS:
-        refuse(
-            f"search.model names an unknown model '{name}'; known: {', '.join(KNOWN_MODELS)}"
-        )
-    return model_named(name)
-
-
-def search_settings():
-    """Return what the search takes from the model: its own network, even another architecture, changes nothing."""
-    settings = searched_model().training_settings()
-    return {key: settings[key] for key in SEARCH_SETTINGS}
-
-
 rule search_dints:
     input:
-        datalist=lambda wc: f"results/datalist/{searched_model().grid}/fold{FOLDS[0]}.json",
-        index=lambda wc: f"results/chunks/{searched_model().grid}/index.json",
+        datalist=lambda wc: f"results/datalist/{search_settings()['grid']}/fold{FOLDS[0]}.json",
+        index=lambda wc: f"results/chunks/{search_settings()['grid']}/index.json",
     output:
-        architecture="results/search/dints.json",
+        # stays while it is searched for anew: a model that names it must be read by the job
+        architecture=update("results/search/dints.json"),
     log:
         "logs/search_dints.log",
     conda:
@@ -39,7 +21,7 @@ rule search_dints:
         runtime=lambda wc: searched_model().training_job.runtime_min,
     params:
         settings=lambda wc: canonical_json(search_settings()),
-        plan=lambda wc: canonical_json(config["search"]),
+        plan=lambda wc: canonical_json(CONFIG.search),
         version=CONFIG.version("search"),
     script:
         "../scripts/search_dints.py"

@@ -1,4 +1,4 @@
-"""What a training warns of once, because it wastes its time or a class: in the log and in its metrics.json."""
+"""What a training warns of once, because it wastes its time or a class: in the log, of a class in metrics.json."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -25,6 +25,7 @@ class Alarms:
     def __init__(self, raised: dict[str, str], *, quiet: bool = False) -> None:
         self.raised = raised
         self.quiet = quiet
+        self._waited = False
 
     def raise_once(self, about: str, message: str) -> None:
         """Log the message and keep it, unless there was an alarm about the same before."""
@@ -57,10 +58,14 @@ class Alarms:
                     )
 
     def waiting(self, share: float) -> None:
-        """Look at the share of the last interval in which the device waited for data."""
-        if share > MOST_WAITING:
-            self.raise_once(
-                "waiting for data",
-                f"the device waits for data more than {100 * MOST_WAITING:.0f} % of the time: give the job more cores "
+        """Look at the share of the last interval in which the device waited for data.
+
+        For the log alone, once per process: nothing of the clock reaches a result.
+        """
+        if share > MOST_WAITING and not (self._waited or self.quiet):
+            self._waited = True
+            logger.warning(
+                "the device waits for data more than %.0f %% of the time: give the job more cores "
                 "(resources.train.threads), a faster disk or fewer kinds of train.augment",
+                100 * MOST_WAITING,
             )

@@ -11,6 +11,7 @@ Reading one costs milliseconds: configurations are checked wherever Snakemake is
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def load_architecture(path: str | Path, folders: Sequence[Path] = (Path(),)) -> 
     """
     file = next((folder / path for folder in folders if (folder / path).is_file()), None)
     if file is None:
-        looked = " and ".join(str(folder.resolve()) for folder in folders)
+        looked = " and ".join(dict.fromkeys(str(folder.resolve()) for folder in folders))
         raise ConfigError(
             f"architecture '{path}' does not exist (looked in {looked}); give a file written by "
             "`snakemake search_dints` or `cellmap-pipe import-architecture`"
@@ -201,8 +202,11 @@ def _load_arrays(path: str | Path) -> Any:
     except FileNotFoundError:
         raise ConfigError(f"{path}: does not exist; give a file saved by a search of DiNTS") from None
     except Exception as error:  # whatever a damaged or hostile pickle provokes; loading it otherwise could run code
-        message = " ".join(str(error).split())[:160]
+        # torch goes on with how to load it all the same
+        message = re.split(
+            r" Please use | Check the doc", " ".join(str(error).split()).rpartition("Unpickler error: ")[2]
+        )
         raise ConfigError(
-            f"{path}: holds more than arrays of numbers, or is damaged, and is not loaded ({message}); give a file "
-            "saved by a search of DiNTS"
+            f"{path}: holds more than arrays of numbers, or is damaged, and is not loaded ({message[0][:160]}); give "
+            "a file saved by a search of DiNTS"
         ) from error

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import logging
 import math
+import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -47,7 +48,7 @@ GROWTH_AT_LEAST = 0.5
 STATES = 2  # target and known-mask, one byte per voxel and class each
 
 # Buffers of GPU_PIECE numbers, or of a whole output where that is less, that the loss works in.
-PIECE_BUFFERS = 8
+PIECE_BUFFERS = 18
 
 # Tensors as large as the weights that the optimiser keeps.
 OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 1}
@@ -59,6 +60,8 @@ NOT_FAKEABLE = (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
+# In the messages of other errors of networks that treat their tensors as arrays.
+SPEAKS_OF_FAKES = re.compile("fake ?tensor|tensor subclass", re.IGNORECASE)
 
 # What autocast on CUDA computes in float32 and autocast on a CPU does not (ATen/autocast_mode.h, AT_FORALL_FP32), as
 # far as networks use it. Their inputs are kept in float32, so they take twice the memory.
@@ -126,8 +129,8 @@ def check_network(settings: Mapping[str, Any], gpu_gb: float | None = None, gpus
     tried = try_network(settings)
     estimate = _Estimate(settings, gpus)
     measured, memory = estimate.measured(settings["batch"]), estimate.memory(settings["batch"])
-    if gpu_gb is not None:
-        estimate.require(gpu_gb * 1e9)
+    if gpu_gb is not None and (shortage := estimate.shortage(gpu_gb * 1e9)):
+        raise ConfigError(f"{shortage}. If it is known to fit, set resources.train.gpu_gb to null")
     parameters = sum(parameter.numel() for parameter in estimate.network.parameters())
     return {
         "network": settings["network"],
@@ -154,7 +157,8 @@ def check_network(settings: Mapping[str, Any], gpu_gb: float | None = None, gpus
 def memory_line(settings: Mapping[str, Any], device: torch.device, gpus: int = 1) -> str:
     """Return the line of a training's log that says what it needs on its GPU.
 
-    Raises ConfigError if a CUDA device has less. torch's random generators are left as they were.
+    Warns if a CUDA device has less: what is refused is for the device to say, this is an estimate. torch's random
+    generators are left as they were.
     """
     estimate = _Estimate(settings, gpus)
     memory = estimate.memory(settings["batch"])
@@ -162,7 +166,8 @@ def memory_line(settings: Mapping[str, Any], device: torch.device, gpus: int = 1
     if device.type != "cuda":
         return text
     has = torch.cuda.get_device_properties(device).total_memory
-    estimate.require(has)
+    if shortage := estimate.shortage(has):
+        logger.warning("%s", shortage)
     return f"{text}; it has {has / 1e9:.1f} GB"
 
 
@@ -286,8 +291,9 @@ class _Estimate:
             self._passes[batch] = training_pass(self.network, self.settings, batch)
         return self._passes[batch]
 
-    def memory(self, batch: int) -> Memory:
+    def memory(self, batch: int, accumulate: int | None = None) -> Memory:
         settings, measured = self.settings, self.measured(batch)
+        passes = settings["accumulate"] if accumulate is None else accumulate
         frozen = set(measured.frozen)
         named = dict(self.network.named_parameters())
         trained = _size(parameter for name, parameter in named.items() if name not in frozen)
@@ -303,7 +309,7 @@ class _Estimate:
             average=weights if settings["ema"] else 0,
             activations=measured.peak,
             loss=_loss_bytes(settings, measured),
-            inputs=_input_bytes(settings, batch),
+            inputs=_input_bytes(settings, batch, passes),
         )
 
     def largest_batch(self, limit: float) -> int:
@@ -311,44 +317,43 @@ class _Estimate:
         least = self.memory(1).total
         if least > limit:
             return 0
-        # memory grows by nearly the same for each patch
-        batch = 2
-        for _ in range(3):
-            step = (self.memory(batch).total - least) / (batch - 1)
-            batch = max(2, 1 + int((limit - least) / step))
-        while self.memory(batch).total > limit:
-            batch -= 1
-        while self.memory(batch + 1).total <= limit:
-            batch += 1
-        return batch
+        fits, batch, fails = 1, 2, math.inf
+        before = 1, least
+        while fits + 1 < fails:
+            total = self.memory(batch).total
+            fits, fails = (batch, fails) if total <= limit else (fits, batch)
+            # it grows by nearly the same for each patch
+            each = (total - before[1]) / (batch - before[0])
+            before = batch, total
+            batch = int(min(max(batch + (limit - total) // each, fits + 1), fails - 1))
+        return fits
 
-    def require(self, limit: float) -> None:
-        """Raise ConfigError, saying what fits, if the training takes more than `limit` bytes."""
+    def shortage(self, limit: float) -> str | None:
+        """Return what is wrong, and what fits, if the training takes more than `limit` bytes."""
         settings = self.settings
         memory = self.memory(settings["batch"])
         if memory.total <= limit:
-            return
+            return None
         joint = settings["batch"] * settings["accumulate"]
-        largest = self.largest_batch(limit)
-        if largest:
-            batch = max(size for size in range(1, largest + 1) if not joint % size)
+        divisors = [size for size in range(self.largest_batch(limit), 0, -1) if not joint % size]
+        if batch := next((size for size in divisors if self.memory(size, joint // size).total <= limit), None):
             advice = f"set train.batch to {batch} and train.accumulate to {joint // batch}"
-        elif smaller := self._smaller_patch(limit):
+        elif smaller := self._smaller_patch(limit, joint):
             advice = f"a batch of 1 needs too much as well: set train.patch to {smaller}, train.batch to 1"
             advice += f" and train.accumulate to {joint}" if joint > 1 else ""
         else:
             advice = "no smaller patch fits: use a smaller network, or GPUs with more memory"
-        raise ConfigError(
+        return (
             f"train.batch {settings['batch']} of patches {list(settings['patch'])} needs about "
             f"{memory.total / 1e9:.1f} GB on a GPU of {limit / 1e9:.1f} GB ({_parts(memory)}); {advice}"
         )
 
-    def _smaller_patch(self, limit: float) -> list[int] | None:
-        """Return the largest patch of which one fits, made by shortening the longest axis again and again."""
+    def _smaller_patch(self, limit: float, passes: int) -> list[int] | None:
+        """Return the largest patch that fits in so many passes of one, made by shortening the longest axis."""
         settings = self.settings
         dims, patch, least = settings["spatial_dims"], list(settings["patch"]), smallest_patch(settings)
         steps = [1] * (3 - dims) + list(zoo.get_network(settings["network"]).reduction(settings["arguments"], dims))
-        memory = self.memory(1)
+        memory = self.memory(1, passes)
         growing = memory.activations + memory.loss + memory.inputs
         constant, voxels = memory.total - growing, math.prod(patch)
         while axes := [axis for axis in range(3) if patch[axis] - steps[axis] >= least[axis]]:
@@ -357,7 +362,7 @@ class _Estimate:
             # measuring costs seconds: what is far too large is passed over
             if constant + GROWTH_AT_LEAST * growing * math.prod(patch) / voxels > limit:
                 continue
-            if _Estimate({**settings, "patch": patch}, self.gpus).memory(1).total <= limit:
+            if _Estimate({**settings, "patch": patch}, self.gpus).memory(1, passes).total <= limit:
                 return patch
         return None
 
@@ -375,7 +380,9 @@ def training_pass(network: nn.Module, settings: Mapping[str, Any], batch: int) -
             copied = copy.deepcopy(network)
         with fake, _blaming(settings, patch):
             return measure_pass(copied, torch.zeros(batch, 1, *patch), bf16=_bf16(settings))
-    except NOT_FAKEABLE:
+    except Exception as error:
+        if not _not_fakeable(error):
+            raise
         small = smallest_patch(settings)
         with torch.random.fork_rng(devices=[]):
             copied = _built(settings, small).train()
@@ -418,7 +425,7 @@ def measure_pass(network: nn.Module, image: Tensor, *, bf16: bool) -> Pass:
         hooks.append(parameter.register_post_accumulate_grad_hook(_noting(reached, name)))
     flops = FlopCounterMode(display=False)
     try:
-        with _Alive(own) as alive:
+        with Alive(own) as alive:
             with (
                 torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
                 torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16),
@@ -441,7 +448,7 @@ def measure_pass(network: nn.Module, image: Tensor, *, bf16: bool) -> Pass:
     )
 
 
-class _Alive(TorchDispatchMode):
+class Alive(TorchDispatchMode):
     """Follows how many bytes are alive of the tensors made within the block; those of the storages `own` are not."""
 
     def __init__(self, own: Iterable[int]) -> None:
@@ -489,13 +496,17 @@ def _blaming(settings: Mapping[str, Any], patch: Sequence[int]) -> Iterator[None
     """Turn what a network says of a patch that it cannot use into one line."""
     try:
         yield
-    except NOT_FAKEABLE:
-        raise
     except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
+        if _not_fakeable(error):
+            raise
         message = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
             f"{settings['network']} fails on a patch {list(patch)}: {message}; change train.patch or `arguments`"
         ) from error
+
+
+def _not_fakeable(error: Exception) -> bool:
+    return isinstance(error, NOT_FAKEABLE) or bool(SPEAKS_OF_FAKES.search(str(error)))
 
 
 def _noting(reached: set[str], name: str) -> Callable[[Tensor], None]:
@@ -515,7 +526,7 @@ def _loss_bytes(settings: Mapping[str, Any], measured: Pass) -> int:
     return FLOAT_BYTES * (buffers + STATES * rows * sum(coarser)) + copies
 
 
-def _input_bytes(settings: Mapping[str, Any], batch: int) -> int:
+def _input_bytes(settings: Mapping[str, Any], batch: int, passes: int) -> int:
     """Return the bytes of the patches, every one of them mixed if any can be.
 
     Per voxel: EM and label as they come and label after the variations, 1 each; the image in float32, and as much again
@@ -524,8 +535,8 @@ def _input_bytes(settings: Mapping[str, Any], batch: int) -> int:
     """
     voxels = math.prod(settings["patch"]) * batch * (2 if _mixes(settings) else 1)
     states = STATES * (len(settings["classes"]) + len(settings["groups"])) * (2 if _mixes(settings) else 1)
-    passes = settings["accumulate"] if settings["accumulate"] > 1 else 0
-    return voxels * (3 + 2 * FLOAT_BYTES + states + passes * (1 + FLOAT_BYTES))
+    waiting = passes if passes > 1 else 0
+    return voxels * (3 + 2 * FLOAT_BYTES + states + waiting * (1 + FLOAT_BYTES))
 
 
 def _mixes(settings: Mapping[str, Any]) -> bool:

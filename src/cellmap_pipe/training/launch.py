@@ -35,8 +35,10 @@ def launch(request: Mapping[str, Any], log: str, processes: int, threads: int) -
     processes. Raises TrainingError if there are fewer GPUs than processes (on a machine without any, the CPU trains).
     """
     processes = max(processes, 1)
-    if request["device"] != "cpu":
-        assign_gpus(processes, {"model": request["model"], "fold": request["fold"]})
+    holder = {"model": request["model"], "fold": request["fold"]}
+    if request["device"] != "cpu" and assign_gpus(processes, holder):
+        # where torch cannot use them (a broken driver), `auto` would train on the CPU until the walltime ends
+        request = {**request, "device": "cuda"}
     each = max(threads // processes, 1)
     path = Path(request["run_dir"]) / "request.json"
     write_json(path, {**request, "log": log, "threads": each})

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from cellmap_pipe.errors import TrainingError
-from cellmap_pipe.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -33,40 +32,56 @@ REMIND_SECONDS = 600.0
 
 PR_SET_PDEATHSIG = 1
 
+# Not XDG_RUNTIME_DIR, which is emptied when the user logs out, nor TMPDIR, which is another one in each job.
+TEMPORARY = Path("/tmp")
+
 
 def assign_gpus(
     count: int,
     holder: Mapping[str, Any],
     environment: MutableMapping[str, str] = os.environ,
     present: Sequence[str] | None = None,
-) -> None:
+) -> bool:
     """See to it that `environment` shows exactly `count` GPUs, waiting until so many are free.
 
-    What Slurm gave to this job is its own and needs no lease. Of others, free ones are leased for as long as this
-    process lives, also as another program (exec). A machine without any GPU is left alone: it trains on its CPU.
+    They are leased for as long as this process lives, also as another program (exec); under Slurm too, where an
+    interactive job may run several trainings. Returns whether there are any: a machine without trains on its CPU.
     holder: what to tell those who wait, JSON. present: the machine's GPUs by UUID, found out by default.
-    Raises TrainingError if fewer are visible than `count`.
+    Raises TrainingError if fewer are visible than `count`, or if no lease can be had and more are visible.
     """
+    if not count:
+        environment[VISIBLE] = ""
+        return False
     present = machine_gpus() if present is None else present
     listed = environment.get(VISIBLE)
     scheduled = "SLURM_JOB_ID" in environment
     if not scheduled and not present:
         logger.warning("%d GPUs were asked for and this machine has none: training on the CPU", count)
-        return
+        return False
     visible = visible_gpus(present, listed)
     if scheduled:
         given = [entry for entry in (listed or "").split(",") if entry.strip()]
-        if len(given) == count:
-            return
-        # what Slurm lists counts, where the driver cannot be asked too; without a list it gave none
-        visible = visible if present and given else given
+        if len(visible) != len(given):
+            # the driver cannot be asked, or counts in another way: what Slurm lists is what it gave
+            if len(given) == count:
+                return True
+            visible = given
     if len(visible) < count:
         remedy = "ask the scheduler for more (gres in the profile), or " if scheduled else ""
         raise TrainingError(
             f"{count} GPUs were asked for, the machine has {len(present)} and this job may use {len(visible)} "
             f"({VISIBLE}={'unset' if listed is None else listed}); {remedy}lower resources.train.gpus (0 = the CPU)"
         )
-    environment[VISIBLE] = ",".join(lease(visible, count, holder))
+    try:
+        visible = lease(visible, count, holder)
+    except OSError as error:
+        if len(visible) > count:
+            raise TrainingError(
+                f"GPUs cannot be leased ({error}); list the {count} that this training is to use in {VISIBLE}"
+            ) from error
+        logger.warning("GPUs are not leased (%s): no other training must use %s", error, ", ".join(visible))
+    environment[VISIBLE] = ",".join(visible)
+    return True
 
 
 def machine_gpus() -> list[str]:
@@ -119,6 +134,7 @@ def lease(
 
     They are this process's until it ends; a child does not inherit them unless it is told to keep open files. Nobody
     waits with some of its GPUs in hand, so trainings that wait cannot block each other. folder: where the locks are.
+    Raises OSError if there can be no locks.
     """
     folder = _lock_folder() if folder is None else folder
     reminded = 0.0
@@ -168,16 +184,13 @@ def die_with_parent() -> None:
 
 
 def _lock_folder() -> Path:
-    """Return the user's folder for locks on this machine.
-
-    Not below XDG_RUNTIME_DIR, which is emptied when the user logs out, nor TMPDIR, which is another one in each job.
-    """
-    folder = Path(f"/tmp/cellmap_pipe-{os.getuid()}")
+    """Return the user's folder for locks on this machine. Raises PermissionError if someone else took its name."""
+    folder = TEMPORARY / f"cellmap_pipe-{os.getuid()}"
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     status = folder.lstat()
     if not folder.is_dir() or folder.is_symlink() or status.st_uid != os.getuid():
-        raise TrainingError(f"{folder} is not a folder of this user's, GPUs cannot be leased; remove it")
+        raise PermissionError(f"{folder} is no folder of this user's")
     return folder
 
 
@@ -198,11 +211,15 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _sign(place: Path, holder: Mapping[str, Any]) -> None:
     record = {**holder, "pid": os.getpid(), "since": datetime.now().astimezone().isoformat(timespec="seconds")}
-    (place / "holder.json").write_text(json.dumps(record))
+    with suppress(OSError):  # a full disk; the lock holds without
+        (place / "holder.json").write_text(json.dumps(record))
 
 
 def _holder(place: Path) -> str:
     """Return who holds a GPU, as its record has it; who reads it holds the folder's lock, so none is half written."""
-    record = read_json(place / "holder.json")
+    try:
+        record = json.loads((place / "holder.json").read_text())
+    except (OSError, ValueError):  # the disk was full, or /tmp was cleaned
+        return "a process that left no name"
     rest = ", ".join(f"{key} {value}" for key, value in record.items() if key not in ("pid", "since"))
     return f"process {record['pid']} ({rest}) since {record['since']}"

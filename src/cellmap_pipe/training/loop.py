@@ -36,7 +36,7 @@ from cellmap_pipe.training.networks import (
 )
 from cellmap_pipe.training.optimisation import build_optimizer, learning_rate, update_average
 from cellmap_pipe.training.record import Journal, Meter, Progress
-from cellmap_pipe.training.results import BEST
+from cellmap_pipe.training.results import INERT_SETTINGS, best_path
 from cellmap_pipe.training.sampling import Patches, Sampler, known_fraction
 from cellmap_pipe.training.starting import begin_with, channels_of, prevalence
 from cellmap_pipe.training.transform import varied
@@ -160,6 +160,8 @@ class Training:
         self._pending: list[Tensor] = []
         self._positives = torch.zeros(len(classes), dtype=torch.float64, device=process.device)
         self._saved_at = time.monotonic()
+        self._best: dict[str, Any] | None = None  # model of the best weights, until it is on the disk
+        self._best_before = self.progress.best_step  # as the last checkpoint has it
 
     def run(self) -> None:
         """Train to the end.
@@ -192,9 +194,7 @@ class Training:
                     if stop or self._checkpoint_due():
                         self._save()
                     if stop:
-                        raise StoppedError(
-                            f"stopped by {stop} after step {progress.step}; start it again to go on from there"
-                        )
+                        raise StoppedError(f"stopped by {stop} after step {progress.step}; start it again to go on")
                     next_check = progress.step + self._steps_until_check(meter)
                 if self._epoch_ended() and progress.recorded < progress.step:
                     self._record_epoch(journal)
@@ -202,20 +202,22 @@ class Training:
                         continue  # to where the request that cut the validation short is seen
                 if progress.finished:
                     break
+                meter.begin()
                 self._step(batches, meter)
-                if progress.step >= next_check or self._epoch_ended() or self._to_be_kept():
-                    self._collect()
-                    if self._to_be_kept():
-                        self._save()
-                    if meter.due() and not process.rank:
-                        self.alarms.waiting(meter.waiting())
-                        logger.info("%s", meter.line(progress, settings))
+                together = progress.step >= next_check or self._epoch_ended() or self._to_be_kept()
+                if together:
+                    self._collect()  # waits for the device, which is part of its steps' time
+                meter.end()
+                if together and self._to_be_kept():
+                    self._save()
+                if together and meter.due():  # on all ranks: what is measured is dropped with each line
+                    self.alarms.waiting(meter.waiting())
+                    logger.info("%s", meter.line(progress, settings))
             self._save(needed=True)
 
     def _step(self, batches: Iterator[Batch], meter: Meter) -> None:
         """Make one optimisation step over `accumulate` passes, whose losses add up to that of their joint batch."""
         settings, progress = self.settings, self.progress
-        meter.begin()
         lr = learning_rate(progress.step, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -243,7 +245,6 @@ class Training:
         if self.average is not None:
             update_average(self.average, self.network, progress.step)
         self._pending.append(total + 0.0 * norm)
-        meter.end()
 
     def _shown(self, batch: Batch) -> tuple[Batch, Tensor, Tensor]:
         """Return a batch with what the network is shown, float32 (B, 1, z, y, x), and the label maps, on the device."""
@@ -302,14 +303,11 @@ class Training:
         A mixed sample answers for both of its labels, each with its own known-mask: the union of the masks would teach
         that what is unknown in one of them is absent.
         """
-        labels = list(range(batch.size)) + [partner for _, partner, _ in batch.mixed]
         # on all ranks and in all passes, mixed or not: sums over them are of one type
-        weight = torch.ones(len(labels), device=target.device)
-        if not batch.mixed:
-            return target, known, weight
-        for number, (row, _, share) in enumerate(batch.mixed):
-            weight[row], weight[batch.size + number] = share, 1 - share
-        return target[labels], known[labels], weight
+        weight = torch.ones(len(target), device=target.device)
+        for row, partner, share in batch.mixed:
+            weight[row], weight[partner] = share, 1 - share
+        return target, known, weight
 
     def _loss(self, batch: Batch, image: Tensor, label: Tensor, totals: Tensor | None) -> Tensor:
         target, known = self.expander.states(label, batch.crops)
@@ -317,9 +315,9 @@ class Training:
             image[row].mul_(share).add_(image[partner], alpha=1 - share)
         with self._autocast():
             outputs = self.trained(image[: batch.size])
-        if batch.mixed:
-            rows = list(range(batch.size)) + [row for row, _, _ in batch.mixed]
-            outputs = [output[rows] for output in outputs]
+        if batch.mixed:  # slices: the copy of a list of rows to a GPU would wait for all that is queued there
+            rows = [slice(batch.size), *[slice(row, row + 1) for row, _, _ in batch.mixed]]
+            outputs = [torch.cat([output[part] for part in rows]) for output in outputs]
         return self.loss(outputs, *self._answers(batch, target, known), totals)
 
     def _expander(self, patches: Patches) -> Expander:
@@ -402,6 +400,11 @@ class Training:
         epoch = progress.step // settings["steps_per_epoch"]
         scores: Scores | None = Scores(dict.fromkeys(settings["classes"]))
         if self.validation is not None and (progress.step == 0 or at_end or epoch % settings["validate_every"] == 0):
+            if self.process.world > 1:
+                # a rank's batch-norm statistics are of its own patches; those of the first are saved
+                for buffer in self.evaluated.buffers():
+                    if buffer.is_floating_point():
+                        dist.broadcast(buffer, 0)
             scores = self.validation.evaluate(self.evaluated, bf16=self.bf16, stopped=self._asked_to_stop)
         if scores is None:
             return
@@ -437,33 +440,31 @@ class Training:
             journal.write(row, progress, epoch)
 
     def _keep_best(self, scores: Scores) -> None:
+        """Keep the weights for the next checkpoint that can be written; without them it would be of no use."""
         if self.process.rank:
             return
         settings = self.settings
-        checkpoint.write_model(
-            self.run_dir / BEST,
-            {
-                "format": FORMAT,
-                "state_dict": _on_cpu(self.evaluated.state_dict()),
-                "settings": dict(settings),
-                "classes": list(settings["classes"]),
-                "grid": settings["grid"],
-                "voxel_nm": self.store.voxel_nm if isinstance(self.store.voxel_nm, str) else list(self.store.voxel_nm),
-                "normalisation": {
-                    name: list(self.store.intensity_range(name, settings["normalisation"]))
-                    for name in sorted(self.datasets)
-                },
-                "patch": list(settings["patch"]),
-                "step": self.progress.step,
-                "fingerprint": self.fingerprint,
-                "validation": {
-                    "mean_dice": scores.mean_dice,
-                    "smoothed_dice": self.progress.best,
-                    "challenge_score": scores.challenge,
-                    "dice": scores.dice,
-                },
+        self._best = {
+            "format": FORMAT,
+            "state_dict": _on_cpu(self.evaluated.state_dict()),
+            "settings": {key: value for key, value in settings.items() if key not in INERT_SETTINGS},
+            "classes": list(settings["classes"]),
+            "grid": settings["grid"],
+            "voxel_nm": self.store.voxel_nm if isinstance(self.store.voxel_nm, str) else list(self.store.voxel_nm),
+            "normalisation": {
+                name: list(self.store.intensity_range(name, settings["normalisation"]))
+                for name in sorted(self.datasets)
             },
-        )
+            "patch": list(settings["patch"]),
+            "step": self.progress.step,
+            "fingerprint": self.fingerprint,
+            "validation": {
+                "mean_dice": scores.mean_dice,
+                "smoothed_dice": self.progress.best,
+                "challenge_score": scores.challenge,
+                "dice": scores.dice,
+            },
+        }
 
     def _out_of_time(self) -> bool:
         return self.process.deadline is not None and time.monotonic() > self.process.deadline
@@ -472,10 +473,8 @@ class Training:
         return self.process.stop_requested.signal is not None or self._out_of_time()
 
     def _agree(self) -> str | None:
-        """Return why the ranks stop now, or None: a signal to any of them, or the walltime of the first."""
-        code = 0
-        if self._out_of_time() and not self.process.rank:
-            code = 1
+        """Return why the ranks stop now, or None: a signal to any of them, or the walltime of any."""
+        code = 1 if self._out_of_time() else 0
         if self.process.stop_requested.signal:
             code = 2
         if self.process.world > 1:
@@ -500,7 +499,10 @@ class Training:
         return time.monotonic() - self._saved_at >= 60 * self.settings["checkpoint_minutes"]
 
     def _save(self, *, needed: bool = False) -> None:
-        """Write a checkpoint (first rank). A full disk costs this checkpoint, not the training, unless `needed`."""
+        """Write a checkpoint (first rank). A full disk costs this checkpoint, not the training, unless `needed`.
+
+        The best weights come first, those of the checkpoint before stay: whichever checkpoint is gone on from has its.
+        """
         self._saved_at = time.monotonic()
         if self.process.rank:
             return
@@ -514,7 +516,11 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "loss": _on_cpu(self.loss.state_dict()),
         }
+        best = best_path(self.run_dir, self.progress.best_step)
         try:
+            if self._best is not None:
+                checkpoint.write_model(best, self._best)
+                self._best = None
             path = checkpoint.save(self.run_dir, self.progress.step, state, keep_every=self.settings["keep_every"])
         except OSError as error:
             if needed:
@@ -524,6 +530,9 @@ class Training:
             logger.warning("no checkpoint at step %d (%s); the last good one is kept", self.progress.step, error)
         else:
             logger.info("checkpoint %s", path.name)
+            for old in set(self.run_dir.glob("best*.pt")) - {best, best_path(self.run_dir, self._best_before)}:
+                old.unlink(missing_ok=True)
+            self._best_before = self.progress.best_step
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])

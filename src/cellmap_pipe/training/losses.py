@@ -12,7 +12,6 @@ denominators are those of the whole batch: all ranks, all passes of an optimisat
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cellmap_pipe.errors import ConfigError
+from cellmap_pipe.training.loss_options import Options, loss_options
 from cellmap_pipe.training.masked_sums import MaskedSums, group_voxels, is_positive, row_blocks
 
 SMOOTH = 1.0
@@ -34,29 +34,6 @@ PRIOR_DECAY = 0.999
 
 # Greatest ratio of an automatic class weight to the median, or of the median to it.
 MAX_WEIGHT_RATIO = 10.0
-
-
-@dataclass(frozen=True)
-class Options:
-    """What presets differ in, and `train.loss_options` changes.
-
-    alpha, beta: weights of false positives and false negatives in the overlap term. gamma: of the focal term, 0 for
-    cross-entropy. tau, adjustment: strength and sign of the logit adjustment (`MaskedLoss`).
-    """
-
-    alpha: float = 0.5
-    beta: float = 0.5
-    gamma: float = 0.0
-    tau: float = 0.0
-    adjustment: str = "add"
-
-
-PRESETS: Mapping[str, Options] = {
-    "dice_bce": Options(),
-    "tversky_bce": Options(alpha=0.3, beta=0.7),
-    "dice_focal": Options(gamma=2.0),
-    "balanced_tversky": Options(alpha=0.6, beta=0.4, tau=0.5),
-}
 
 
 class MaskedLoss(nn.Module):
@@ -285,32 +262,9 @@ def class_weights(given: Any, n_classes: int, prevalence: Sequence[float] | None
         raise ConfigError(f"train.class_weights has {len(weights)} entries for {n_classes} classes; give one per class")
     if not all(0 <= value < math.inf for value in weights):
         raise ConfigError(f"train.class_weights {weights} must be finite and not negative")
+    if not any(weights):
+        raise ConfigError(f"train.class_weights {weights}: no class is learnt; raise one of them")
     return weights
-
-
-def loss_options(preset: str, given: Mapping[str, Any] | None) -> Options:
-    """Return the options of a preset (`train.loss`), changed by those `given` (`train.loss_options`).
-
-    Raises ConfigError for an unknown preset or option, and for values that make no loss.
-    """
-    if preset not in PRESETS:
-        raise ConfigError(f"train.loss '{preset}' is unknown; allowed: {', '.join(sorted(PRESETS))}")
-    given = given or {}
-    names = list(asdict(Options()))
-    for name, value in given.items():
-        if name not in names:
-            raise ConfigError(f"train.loss_options: '{name}' is unknown; allowed: {', '.join(names)}")
-        if name == "adjustment":
-            if value not in ("add", "subtract"):
-                raise ConfigError(f"train.loss_options.adjustment '{value}' is unknown; allowed: add, subtract")
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ConfigError(f"train.loss_options.{name} is {value!r}; it must be a finite number, not negative")
-    options = replace(PRESETS[preset], **given)
-    if not options.alpha + options.beta > 0:
-        raise ConfigError(
-            "train.loss_options: alpha and beta are both 0, which makes the overlap term a constant; raise one of them"
-        )
-    return options
 
 
 def build_loss(

@@ -10,7 +10,9 @@ import datetime
 import logging
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -26,10 +28,10 @@ from cellmap_pipe.files import read_json, write_json
 from cellmap_pipe.log import FORMAT
 from cellmap_pipe.machine import memory_limit
 from cellmap_pipe.prepare.store import Store
-from cellmap_pipe.training import checkpoint, results
+from cellmap_pipe.training import checkpoint, results, siblings
 from cellmap_pipe.training.lease import die_with_parent
 from cellmap_pipe.training.loop import Process, StopRequest, Training
-from cellmap_pipe.training.owner import Owner
+from cellmap_pipe.training.owner import Owner, start_ticks
 
 logger = logging.getLogger("cellmap_pipe.training.main")  # it runs as __main__
 
@@ -61,11 +63,24 @@ def run_training(request_path: str | Path) -> None:
             # validation and the first rank's writing are waited for
             timeout=datetime.timedelta(hours=2),
         )
+    over = threading.Event()
+    siblings.leave_with(_processes(world), over)
     with _stop_signals(stop):
-        _train(request, Process(rank, world, device, stop, _deadline(request, began), min(threads, MOST_WORKERS)))
+        _train(request, Process(rank, world, device, stop, _deadline(request, began), min(threads, MOST_WORKERS)), over)
 
 
-def _train(request: Mapping[str, Any], process: Process) -> None:
+def _processes(world: int) -> dict[int, int | None]:
+    """Return the processes of this machine's ranks with their starts, see `siblings`."""
+    if world == 1:
+        return {}
+    own = (socket.gethostname(), os.getpid(), start_ticks(os.getpid()))
+    parts = [own] * world
+    dist.all_gather_object(parts, own)
+    return {pid: started for host, pid, started in parts if host == own[0]}
+
+
+def _train(request: Mapping[str, Any], process: Process, over: threading.Event) -> None:
+    """Train or publish. over: set once no rank waits for another one any more."""
     settings, run_dir = request["settings"], Path(request["run_dir"])
     if process.device.type == "cuda":
         # imported here: a CPU needs none of what it measures with
@@ -94,8 +109,9 @@ def _train(request: Mapping[str, Any], process: Process) -> None:
             trainer = Training(settings, store, training, validation, run_dir, expected, process, state, skipped)
             del state  # its tensors are copied by now
             trainer.run()
-            _wait(process)
-            state = checkpoint.latest(run_dir, clean=False)
+            state = checkpoint.latest(run_dir) if not process.rank else None
+        _wait(process)
+        over.set()
         if not process.rank:
             if state is None:
                 raise TrainingError(f"{run_dir}: the checkpoint just written cannot be read; check the disk")
@@ -185,7 +201,8 @@ def choose_device(asked: str, local_rank: int, processes: int) -> torch.device:
     if visible < processes:
         raise TrainingError(
             f"{processes} processes were asked for and {visible} GPUs are visible "
-            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); lower resources.train.gpus"
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}, torch {torch.__version__}); "
+            "lower resources.train.gpus, or see why torch cannot use them: a broken driver, or a torch built for CPUs"
         )
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
@@ -212,7 +229,7 @@ def _deadline(request: Mapping[str, Any], began: float) -> float | None:
     """
     end = os.environ.get("SLURM_JOB_END_TIME")
     runtime = request.get("runtime_min")
-    if end and end.isdigit():
+    if end and end.isdigit() and float(end) > time.time():  # it tells not of a job that was given more time
         left = float(end) - time.time()
     elif runtime:
         left = 60.0 * float(runtime)
@@ -239,40 +256,44 @@ def _stop_signals(stop: StopRequest) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _log_to(path: str, rank: int) -> None:
-    """Append everything that this process says to the file, its libraries' output too."""
+def _log_to(path: str, rank: int) -> int:
+    """Append everything that this process says to the file, its libraries' output too; return the file's size."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    size = os.fstat(descriptor).st_size
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING if rank else logging.INFO, format=FORMAT, force=True)
     logging.captureWarnings(True)
+    return size
 
 
-def _report(error: Exception, request: Mapping[str, Any], rank: int, terminal: int) -> None:
+def _report(error: Exception, request: Mapping[str, Any], rank: int, terminal: int, since: int) -> None:
     """Append the traceback and the one `ERROR` line to the log; the line goes to the terminal, too.
 
-    What stops one rank stops the others, by the same error or a lost connection; those wait for its line and then add
-    none.
+    What stops one rank stops the others, by the same error or a lost connection: the ranks that find a line in the log,
+    beyond its first `since` bytes, add none. All but the first wait for its line; a failed rank keeps its connections
+    meanwhile, so that a lost one is told of by nobody before what lost it.
     """
     path = Path(request["log"])
     if rank:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         time.sleep(3)
-        if path.read_text(errors="replace").rstrip().rsplit("\n", 1)[-1].startswith("ERROR "):
-            return
+    name = f"ERROR {request['rule']} model={request['model']},fold={request['fold']}: "
+    if b"\n" + name.encode() in path.read_bytes()[since:]:
+        return
     if isinstance(error, torch.OutOfMemoryError):
         error = TrainingError(
             f"the GPU's memory is too small ({str(error).splitlines()[0]}); lower train.batch (and raise "
             "train.accumulate), or lower train.patch"
         )
     message = " ".join(str(error).split()) or type(error).__name__
-    line = f"ERROR {request['rule']} model={request['model']},fold={request['fold']}: {message}"
+    line = name + message
+    os.write(terminal, (line + "\n").encode())
     with path.open("a") as stream:
         stream.write(traceback.format_exc() + line + "\n")
-    os.write(terminal, (line + "\n").encode())
 
 
 def main(request_path: str) -> NoReturn:
@@ -280,13 +301,14 @@ def main(request_path: str) -> NoReturn:
     request = read_json(request_path)
     rank = int(os.environ.get("RANK", "0"))
     terminal = os.dup(2)
-    _log_to(request["log"], rank)
+    since = _log_to(request["log"], rank)
     status = 0
     try:
         run_training(request_path)
     except Exception as error:
-        _report(error, request, rank, terminal)
         status = 1
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            _report(error, request, rank, terminal, since)
     logging.shutdown()
     # not sys.exit: tearing down may wait for a rank that failed
     os._exit(status)

@@ -73,7 +73,7 @@ class Owner:
             "token": self.token,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "started": _start_ticks(os.getpid()),
+            "started": start_ticks(os.getpid()),
             "job": os.environ.get("SLURM_JOB_ID"),
             "heartbeat": time.time(),
         }
@@ -128,7 +128,7 @@ def is_stale(holder: dict[str, Any], now: float) -> bool:
     silence = now - (heartbeat if isinstance(heartbeat, int | float) else 0.0)
     if holder.get("host") == socket.gethostname():
         pid = holder.get("pid")
-        return not isinstance(pid, int) or _start_ticks(pid) != holder.get("started")
+        return not isinstance(pid, int) or start_ticks(pid) != holder.get("started")
     if silence < OLD_SECONDS:
         return False
     ended = _job_ended(holder.get("job"))
@@ -150,7 +150,7 @@ def _job_ended(job: str | None) -> bool | None:
     return not found.stdout.strip()
 
 
-def _start_ticks(pid: int) -> int | None:
+def start_ticks(pid: int) -> int | None:
     """Return when the process began, in clock ticks since the machine's start; None if there is none (or a zombie)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()

@@ -66,13 +66,14 @@ class Journal:
     """Writes the rows of a training's history to the log, to TensorBoard and, if asked for, to MLflow.
 
     For the length of a `with` block, by the first rank alone. step: where the training stands; what TensorBoard has
-    of later steps, which are trained again, is dropped.
+    of later steps, which are trained again, is dropped. A disk that takes no more of TensorBoard's costs no training.
     """
 
     def __init__(self, run_dir: Path, settings: Mapping[str, Any], step: int) -> None:
         self._open = contextlib.ExitStack()
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step)
-        self._open.callback(self._tensorboard.close)
+        self._tensorboard: SummaryWriter | None = None
+        with self._tolerant():
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step)
         self._mlflow: MlflowRun | None = None
         if settings["mlflow"]:
             self._mlflow = self._open.enter_context(MlflowRun(settings["mlflow"], run_dir, settings))
@@ -82,15 +83,29 @@ class Journal:
 
     def __exit__(self, *exception: Any) -> None:
         self._open.__exit__(*exception)
+        with self._tolerant():
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+
+    @contextlib.contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        """Warn of a fault of TensorBoard's files; from then on nothing is written to them, its thread has ended."""
+        try:
+            yield
+        except OSError as error:
+            self._tensorboard = None
+            logger.warning("TensorBoard's files are written no further (%s); history.csv has all", error)
 
     def write(self, row: Mapping[str, Any], progress: Progress, epoch: int) -> None:
         """Record one epoch. row: see `Training`; scores that were not measured are None."""
         names = ("loss", "lr", "mean_dice", "smoothed_dice", "challenge_score")
         values = {name: row[name] for name in names} | {f"dice/{name}": dice for name, dice in row["dice"].items()}
-        for name, value in values.items():
-            if value is not None:
-                self._tensorboard.add_scalar(name, value, progress.step)
-        self._tensorboard.flush()
+        with self._tolerant():
+            if self._tensorboard is not None:
+                for name, value in values.items():
+                    if value is not None:
+                        self._tensorboard.add_scalar(name, value, progress.step)
+                self._tensorboard.flush()
         if self._mlflow is not None:
             self._mlflow.log(values, progress.step)
         shown = ""

@@ -18,7 +18,6 @@ from cellmap_pipe.training import checkpoint
 INERT_SETTINGS = ("checkpoint_minutes", "keep_every", "stop_minutes", "on_damage", "mlflow")
 
 FINGERPRINT = "fingerprint.json"
-BEST = "best.pt"
 
 
 def fingerprint(settings: Mapping[str, Any], store: Store, training: Sequence[str], validation: Sequence[str]) -> str:
@@ -53,6 +52,11 @@ def fingerprint(settings: Mapping[str, Any], store: Store, training: Sequence[st
     )
 
 
+def best_path(run_dir: Path, step: int) -> Path:
+    """Return where a training keeps the weights that were the best after step `step`, a model file."""
+    return run_dir / f"best{step:09d}.pt"
+
+
 def is_stale(run_dir: Path, expected: str) -> bool:
     """Return whether `run_dir` holds a training of another fingerprint."""
     path = run_dir / FINGERPRINT
@@ -79,7 +83,7 @@ def publish(run_dir: Path, state: Mapping[str, Any], outputs: Mapping[str, str],
     """
     if not state["progress"]["step"]:
         raise TrainingError(f"{run_dir}: the training finished without a step; rename {run_dir} and train again")
-    best = run_dir / BEST
+    best = best_path(run_dir, state["progress"]["best_step"])
     if not best.is_file():
         raise TrainingError(f"{best}: missing although the training finished; rename {run_dir} and train again")
     contents = checkpoint.read_model(best, f"rename {run_dir} and train again")

@@ -67,20 +67,25 @@ def _strides(arguments: Mapping[str, Any], spatial_dims: int) -> Steps:
     steps = [1] * spatial_dims
     for stride in _sequence(arguments, "strides"):
         per_axis = list(stride) if isinstance(stride, list | tuple) else [stride] * spatial_dims
-        if len(per_axis) != spatial_dims or not all(isinstance(n, int) and n > 0 for n in per_axis):
+        if len(per_axis) != spatial_dims or not all(type(n) is int and n > 0 for n in per_axis):
             raise ConfigError(f"arguments.strides holds {stride}; give a positive integer, or one per axis")
         steps = [step * n for step, n in zip(steps, per_axis, strict=True)]
     return tuple(steps)
 
 
 def _swin(arguments: Mapping[str, Any], spatial_dims: int) -> Steps:
-    return (int(arguments.get("patch_size", 2)) ** 5,) * spatial_dims
+    size = arguments.get("patch_size", 2)
+    if type(size) is not int or size < 1:
+        raise ConfigError(f"arguments.patch_size is {size!r}; give a positive integer, the same for every axis")
+    return (size**5,) * spatial_dims
 
 
 def _dints(arguments: Mapping[str, Any], spatial_dims: int) -> Steps:
     """Return the reduction of DiNTS: a halving before the lattice, if `use_downsample`, and one per depth below."""
-    depths = int(arguments["architecture"]["num_depths"])
-    return (2 ** (depths - 1 + int(arguments.get("use_downsample", True))),) * spatial_dims
+    halved = arguments.get("use_downsample", True)
+    if not isinstance(halved, bool):
+        raise ConfigError(f"arguments.use_downsample is {halved!r}; give true or false")
+    return (2 ** (int(arguments["architecture"]["num_depths"]) - 1 + halved),) * spatial_dims
 
 
 def _sequence(arguments: Mapping[str, Any], key: str) -> Sequence[Any]:
