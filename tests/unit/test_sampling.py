@@ -139,6 +139,20 @@ def test_classes_weigh_by_a_power_of_the_crops_that_annotate_them(store: Store, 
     assert np.mean(np.equal(drawn, 3)) == pytest.approx(weights[2] / weights.sum(), abs=0.08)
 
 
+def test_classes_come_from_crops_that_show_them_and_not_from_those_that_know_them_absent(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = {("set-0/crop0", "mito_mem"), ("set-1/crop1", "ecs")}
+    counts = {crop: {name: {"present": 9, "absent": 9} for name in CLASSES} for crop in CROPS}
+    for crop, name in product(CROPS, CLASSES):
+        if (crop, name) not in shown:
+            counts[crop][name]["present"] = 0
+    monkeypatch.setattr(store, "crops", {crop: {**store.crops[crop], "counts": counts[crop]} for crop in CROPS})
+    drawn = sampler(store)
+    # nuc is shown nowhere: whatever knows where it is absent will do
+    assert drawn.classes == [(0, [1]), (1, [0]), (2, [0, 1])]
+
+
 def test_sampled_voxels_stay_in_the_memory_map(store: Store) -> None:
     drawing = sampler(store)
     drawing.draw(0, 0)

@@ -574,7 +574,8 @@ class Training:
             )
         if share < SPARSE_KNOWN_FRACTION:
             logger.warning(
-                "only %.0f %% of what a patch shows is annotated: smaller patches would learn faster", 100 * share
+                "only %.0f %% of what a patch shows is annotated: smaller patches or fewer classes would learn faster",
+                100 * share,
             )
 
 

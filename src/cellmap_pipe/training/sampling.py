@@ -194,9 +194,11 @@ class _Voxels:
 
 
 class Sampler:
-    """Draws the training patches: a class, a crop that annotates it, then a voxel of it or any annotated one.
+    """Draws the training patches: a class, a crop that shows it, then a voxel of it or any annotated one.
 
-    centred_fraction: the probability of the former. A class's weight is (number of crops annotating it)^class_power:
+    A crop shows a class if voxels of it are annotated there; a class that none shows is drawn from the crops that know
+    it to be absent. (All crops know where most classes are absent: there, where another class is.)
+    centred_fraction: the probability of the former voxel. A class's weight is (number of its crops)^class_power:
     1 draws classes by their share of crops, 0 all equally often, a negative one prefers the rarely annotated ones.
     planes: what patches of one slice are slices across: "z", or "all" axes, equally often, of crops whose voxels are
     isotropic. Raises TrainingError if no crop has a known voxel of the model's classes.
@@ -211,11 +213,14 @@ class Sampler:
         turned = planes == "all" and patches.patch[0] == 1
         #: of each crop, how many axes may be a patch's first
         self.axes = [3 if turned and isotropic(voxel_nm) else 1 for voxel_nm in patches.voxels]
-        annotating = [
-            [crop for crop in range(len(patches.crops)) if patches.counts(crop, name)[0]] for name in patches.classes
-        ]
-        #: what can be drawn first: (column of the class, crops that annotate it)
-        self.classes = [(column, crops) for column, crops in enumerate(annotating) if crops]
+        #: what can be drawn first: (column of the class, its crops)
+        self.classes = []
+        for column, name in enumerate(patches.classes):
+            counts = [patches.counts(crop, name) for crop in range(len(patches.crops))]
+            crops = [crop for crop, (_, present) in enumerate(counts) if present]
+            crops = crops or [crop for crop, (known, _) in enumerate(counts) if known]
+            if crops:
+                self.classes.append((column, crops))
         if not self.classes:
             raise TrainingError(
                 f"{patches.store.path}: none of the {len(patches.crops)} training crops has a known voxel of "
