@@ -183,7 +183,7 @@ def test_a_change_does_again_only_what_depends_on_it(demo, change, first, untouc
 
 
 def test_a_change_of_resources_does_nothing_again(demo):
-    (demo / "change.yaml").write_text("overrides: {'*': {resources: {train: {gpus: 0, threads: 2}}}}")
+    (demo / "change.yaml").write_text("overrides: {'*': {resources: {train: {gpus: 1, threads: 2, gpu_gb: 24}}}}")
     assert "Nothing to be done" in snakemake(demo, "all", "-n", extra=demo / "change.yaml")
 
 

@@ -9,10 +9,11 @@ rule network_check:
     resources:
         mem_mb=6000,
         runtime=30,
+        # of the training job; as parameters they would make a job run again, and with it every training that is done
+        training_gpus=lambda wc: model_of(wc).training_job.gpus,
+        training_gpu_mb=lambda wc: round(1000 * (model_of(wc).training_job.gpu_gb or 0)),
     params:
         settings=lambda wc: canonical_json(model_of(wc).training_settings()),
-        gpu_gb=lambda wc: model_of(wc).training_job.gpu_gb,
-        gpus=lambda wc: model_of(wc).training_job.gpus,
         version=CONFIG.version("network_check"),
     script:
         "../scripts/network_check.py"
@@ -29,8 +30,9 @@ rule train:
         datalist=lambda wc: f"results/datalist/{model_of(wc).grid}/fold{wc.fold}.json",
         index=lambda wc: f"results/chunks/{model_of(wc).grid}/index.json",
         begin=lambda wc: given(model_of(wc).train["init_from"]),
-        # what it finds has no influence on the weights, but a network that fails it is not worth a GPU
-        network=ancient(rules.network_check.output[0]),
+        # A network that fails its check is not worth a GPU. Not ancient(), although the weights do not depend on what is
+        # found: a check that runs anew would hide from Snakemake that the settings of the training changed, too.
+        network=rules.network_check.output[0],
     output:
         weights="results/train/{model}/fold{fold}/model.pt",
         metrics="results/train/{model}/fold{fold}/metrics.json",

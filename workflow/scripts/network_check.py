@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 with job(snakemake):
     result = check_network(
-        json.loads(snakemake.params.settings), gpu_gb=snakemake.params.gpu_gb, gpus=snakemake.params.gpus
+        json.loads(snakemake.params.settings),
+        gpu_gb=snakemake.resources.training_gpu_mb / 1000 or None,
+        gpus=snakemake.resources.training_gpus,
     )
     logging.info("%s\n%s", snakemake.wildcards.model, describe(result))
     write_json(snakemake.output[0], result)
