@@ -42,7 +42,7 @@ from cellmap_pipe.schema import load_yaml
 from cellmap_pipe.training.expand import Expander
 from cellmap_pipe.training.loader import Loader
 from cellmap_pipe.training.losses import build_loss
-from cellmap_pipe.training.networks import build_network
+from cellmap_pipe.training.networks import network_of
 from cellmap_pipe.training.optimisation import build_optimizer, learning_rate, update_average
 from cellmap_pipe.training.sampling import Patches, Sampler
 from cellmap_pipe.training.transform import varied
@@ -104,20 +104,10 @@ def settings_of(model: str, options: argparse.Namespace) -> dict[str, Any]:
     return {**settings, "classes": ATOMS, "accumulate": 1, "max_steps": 10**6, "mixup": {"probability": 0.0}}
 
 
-def network_of(settings: Mapping[str, Any]) -> nn.Module:
+def drawn(settings: Mapping[str, Any]) -> nn.Module:
     """Return the network, its weights drawn, on the device."""
     torch.manual_seed(0)
-    network = build_network(
-        settings["network"],
-        settings["arguments"],
-        patch=settings["patch"],
-        n_classes=len(settings["classes"]),
-        spatial_dims=settings["spatial_dims"],
-    )
-    if settings["channels_last"]:
-        layout = torch.channels_last if settings["spatial_dims"] == 2 else torch.channels_last_3d
-        network.to(memory_format=layout)
-    return network.to(DEVICE)
+    return network_of(settings).to(DEVICE)
 
 
 def clip(network: nn.Module, settings: Mapping[str, Any]) -> None:
@@ -149,7 +139,7 @@ class Training:
             sampler, settings, rank=0, world=1, first=0, last=10**6, pinned=DEVICE.type == "cuda", workers=2
         )
         self.batches = iter(self.loader)
-        self.network = network_of(settings)
+        self.network = drawn(settings)
         self.average = copy.deepcopy(self.network)
         self.trained: Callable[[Tensor], Outputs] = torch.compile(self.network) if compiled else self.network
         self.loss = build_loss(settings, len(settings["classes"])).to(DEVICE)
@@ -210,7 +200,7 @@ class PlainLoop:
         self.target, self.known = (states.float() for states in training.expander.states(label, batch.crops))
         training.close()
         self.settings = settings
-        self.network = network_of({**settings, "channels_last": False})
+        self.network = drawn({**settings, "channels_last": False})
         self.optimizer = build_optimizer(self.network.parameters(), settings)
 
     def step(self, clock: Clock) -> None:

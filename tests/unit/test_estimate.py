@@ -161,7 +161,7 @@ class Conscious(torch.nn.Module):
 def test_a_network_that_looks_at_values_is_measured_really_and_scaled(monkeypatch, look):
     settings = settings_of(**NETWORKS[-1], amp="none")
     network = SegmentationNetwork(Conscious(look), 3)
-    monkeypatch.setattr("cellmap_pipe.training.estimate.build_network", lambda *_, **__: network)
+    monkeypatch.setattr("cellmap_pipe.training.estimate.network_of", lambda *_, **__: network)
     small = smallest_patch(settings)
     found = training_pass(network, settings, 3)
     assert found.method == f"a real pass at {small}, scaled"
@@ -260,7 +260,7 @@ def test_a_network_that_fits_nowhere_is_refused():
 
 def test_a_first_output_of_another_size_than_the_patch_is_refused(monkeypatch):
     network = SegmentationNetwork(torch.nn.Conv3d(1, 3, 3), 3)
-    monkeypatch.setattr("cellmap_pipe.training.estimate.build_network", lambda *_, **__: network)
+    monkeypatch.setattr("cellmap_pipe.training.estimate.network_of", lambda *_, **__: network)
     with pytest.raises(ConfigError, match=r"the first output for a patch \[8, 16, 8\] is \(3, 6, 14, 6\)"):
         try_network(settings_of(**{**CUBE, "patch": [8, 16, 8]}))
 

@@ -4,7 +4,6 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from random import Random
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from training_case import finish, start, start_dying, start_ranks, write_request
+from training_case import finish, flattened, start, start_dying, start_ranks, write_request
 
 Request = dict[str, Any]
 
@@ -46,19 +45,6 @@ def steps_of(request: Request) -> list[int]:
 def writing(request: Request) -> set[str]:
     """Return the names of the checkpoints that are being written."""
     return {path.name for path in Path(request["run_dir"]).glob(".partial-*-step*.pt")}
-
-
-def flattened(value: Any) -> Iterator[Any]:
-    """Yield all that a checkpoint holds, tensors as bytes."""
-    if isinstance(value, dict):
-        for key in value:
-            yield key
-            yield from flattened(value[key])
-    elif isinstance(value, list):
-        for item in value:
-            yield from flattened(item)
-    else:
-        yield value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
 
 
 def ending(request: Request) -> list[Any]:

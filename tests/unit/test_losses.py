@@ -201,7 +201,7 @@ def test_passes_add_up_to_the_joint_batch() -> None:
     totals = torch.stack([loss.totals(target[part], known[part], weight[part]) for part in passes]).sum(0)
     values = [loss(heads(logits[part]), target[part], known[part], weight[part], totals) for part in passes]
     (found,) = torch.autograd.grad(torch.stack(values).sum(), logits)
-    assert float(sum(values).detach()) == pytest.approx(float(joint.detach()), rel=1e-6)  # type: ignore[union-attr]
+    assert float(torch.stack(values).detach().sum()) == pytest.approx(float(joint.detach()), rel=1e-6)
     assert (found - expected).norm() <= 1e-6 * expected.norm()
 
 
@@ -220,7 +220,7 @@ def test_passes_with_groups_add_up_to_the_joint_batch() -> None:
     assert totals.tolist() == pytest.approx([8 * 3.0, 8 * 3.0, 1.5 * 1.7 + 3.5 * 2.7])
     values = [loss(logits[part], target[part], known[part], weight[part], totals) for part in passes]
     (found,) = torch.autograd.grad(torch.stack(values).sum(), logits)
-    assert float(sum(values).detach()) == pytest.approx(float(joint.detach()), rel=1e-6)  # type: ignore[union-attr]
+    assert float(torch.stack(values).detach().sum()) == pytest.approx(float(joint.detach()), rel=1e-6)
     assert (found - expected).norm() <= 1e-6 * expected.norm()
 
 

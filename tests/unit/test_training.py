@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from training_case import (
     PATIENCE,
     SETTINGS,
     finish,
+    flattened,
     start,
     start_ranks,
     wait_for_step,
@@ -60,18 +61,6 @@ def final_state(request: Request) -> list[Any]:
     """Return all values of the last checkpoint, tensors as bytes: weights, average, optimiser, progress, history."""
     path = sorted(Path(request["run_dir"]).glob("step*.pt"))[-1]
     return list(flattened(torch.load(path, weights_only=True)))
-
-
-def flattened(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        for key in value:
-            yield key
-            yield from flattened(value[key])
-    elif isinstance(value, list):
-        for item in value:
-            yield from flattened(item)
-    else:
-        yield value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
 
 
 def same(first: Request, second: Request) -> bool:

@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -240,6 +240,19 @@ def finish(*processes: BaseProcess) -> list[int | None]:
     for process in processes:
         process.join(PATIENCE + 20)  # it ends by itself before, with its stack as last words
     return [process.exitcode for process in processes]
+
+
+def flattened(value: Any) -> Iterator[Any]:
+    """Yield all that a checkpoint holds, tensors as bytes."""
+    if isinstance(value, dict):
+        for key in value:
+            yield key
+            yield from flattened(value[key])
+    elif isinstance(value, list):
+        for item in value:
+            yield from flattened(item)
+    else:
+        yield value.numpy().tobytes() if hasattr(value, "numpy") else value
 
 
 def write_request_file(request: dict[str, Any]) -> str:

@@ -85,7 +85,7 @@ def _write(state: dict[str, Any], path: Path, *, checksums: bool) -> str:
     try:
         with path.open("wb") as stream, ThreadPoolExecutor(1) as thread:
             digested = _Digested(stream, thread)
-            torch.save(state, digested)  # type: ignore[arg-type]
+            torch.save(state, digested)  # type: ignore[arg-type]  # of a stream it uses write and flush alone
             return digested.finish()
     finally:
         set_crc32_options(before)

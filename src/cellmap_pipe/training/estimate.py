@@ -34,7 +34,7 @@ from cellmap_pipe.errors import ConfigError
 from cellmap_pipe.training import zoo
 from cellmap_pipe.training.losses import build_loss
 from cellmap_pipe.training.masked_sums import GPU_PIECE
-from cellmap_pipe.training.networks import build_network
+from cellmap_pipe.training.networks import network_of
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ def try_network(settings: Mapping[str, Any]) -> dict[str, Any]:
     classes, patch = len(settings["classes"]), smallest_patch(settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings["seed"])
-        network = _built(settings, patch).train()
+        network = network_of({**settings, "patch": patch}).train()
         image = torch.rand(1, 1, *patch)
         with _blaming(settings, patch):
             outputs = network(image)
@@ -283,7 +283,7 @@ class _Estimate:
         self.settings, self.gpus = settings, gpus
         with torch.random.fork_rng(devices=[]):
             # really, on the CPU: constructors look at values, which fake tensors have not
-            self.network = _built(settings, settings["patch"]).train()
+            self.network = network_of(settings).train()
         self._passes: dict[int, Pass] = {}
 
     def measured(self, batch: int) -> Pass:
@@ -385,7 +385,7 @@ def training_pass(network: nn.Module, settings: Mapping[str, Any], batch: int) -
             raise
         small = smallest_patch(settings)
         with torch.random.fork_rng(devices=[]):
-            copied = _built(settings, small).train()
+            copied = network_of({**settings, "patch": small}).train()
             found = measure_pass(copied, torch.zeros(1, 1, *small), bf16=_bf16(settings))
         ratio = batch * math.prod(patch) / math.prod(small)
         return Pass(
@@ -545,20 +545,6 @@ def _mixes(settings: Mapping[str, Any]) -> bool:
 
 def _bf16(settings: Mapping[str, Any]) -> bool:
     return bool(settings["amp"] == "bf16")
-
-
-def _built(settings: Mapping[str, Any], patch: Sequence[int]) -> nn.Module:
-    network = build_network(
-        settings["network"],
-        settings["arguments"],
-        patch=patch,
-        n_classes=len(settings["classes"]),
-        spatial_dims=settings["spatial_dims"],
-    )
-    if settings["channels_last"]:
-        layout = torch.channels_last if settings["spatial_dims"] == 2 else torch.channels_last_3d
-        network.to(memory_format=layout)  # type: ignore[call-overload]
-    return network
 
 
 def _size(tensors: Iterable[Tensor]) -> int:

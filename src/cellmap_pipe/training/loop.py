@@ -29,8 +29,8 @@ from cellmap_pipe.training.loader import Batch, Loader
 from cellmap_pipe.training.losses import build_loss
 from cellmap_pipe.training.networks import (
     backward_of_nothing,
-    build_network,
     freeze_unused,
+    network_of,
     parameter_count,
     unchanged_buffers,
 )
@@ -125,18 +125,9 @@ class Training:
             )
 
         torch.manual_seed(settings["seed"])
-        self.network = build_network(
-            settings["network"],
-            settings["arguments"],
-            patch=patch,
-            n_classes=len(classes),
-            spatial_dims=settings["spatial_dims"],
-        )
+        self.network = network_of(settings)
         if settings["init_from"] and state is None:
             begin_with(self.network, settings["init_from"])
-        if settings["channels_last"]:
-            layout = torch.channels_last if settings["spatial_dims"] == 2 else torch.channels_last_3d
-            self.network.to(memory_format=layout)  # type: ignore[call-overload]
         self.network.to(process.device)
         self.average = copy.deepcopy(self.network) if settings["ema"] else None
         self.loss = build_loss(

@@ -76,6 +76,24 @@ def build_network(
     return SegmentationNetwork(built, spatial_dims)
 
 
+def network_of(settings: Mapping[str, Any]) -> SegmentationNetwork:
+    """Return the freshly initialised network of a model's resolved settings, in the memory layout that they name.
+
+    settings: network, arguments, patch, classes, spatial_dims, channels_last. Raises ConfigError as `build_network`.
+    """
+    network = build_network(
+        settings["network"],
+        settings["arguments"],
+        patch=settings["patch"],
+        n_classes=len(settings["classes"]),
+        spatial_dims=settings["spatial_dims"],
+    )
+    if settings["channels_last"]:
+        layout = torch.channels_last if settings["spatial_dims"] == 2 else torch.channels_last_3d
+        network.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stubs lack this form
+    return network
+
+
 def constructor(network: str) -> Callable[..., nn.Module]:
     """Return what builds a network from in_channels, out_channels and `zoo.constructor_arguments`.
 
