@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cellmap_pipe.classes import derivable, get_class
+from cellmap_pipe.classes import derivable, get_class, parts_of
 from cellmap_pipe.errors import ConfigError
 from cellmap_pipe.schema import Fault, Key, Schema, load_yaml, nearest
 from cellmap_pipe.training.architecture import SEARCH_SETTINGS
@@ -36,12 +36,14 @@ RESULT_VERSIONS: dict[str, int] = {
     "network_check": 1,
     "search": 1,
     "train": 3,
-    "predict": 2,
-    "ensemble": 1,
-    "segment": 2,
+    "prediction_plan": 1,
+    "predict": 3,
+    "ensemble": 2,
+    "tune": 1,
+    "segment": 3,
     "evaluate": 2,
-    "submission": 1,
-    "report": 2,
+    "submission": 2,
+    "report": 3,
 }
 
 SUBSETS = ("validation", "test")
@@ -147,6 +149,7 @@ class Config:
     chosen_context_nm: float | None
     store_memory_gb: float | None
     search: Mapping[str, Any]
+    ensemble: Mapping[str, Any]
     segment: Mapping[str, Any]
     rules: str
     revisions: Mapping[str, int]
@@ -242,10 +245,15 @@ class Config:
             "train_context_nm": stored,
         }
 
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """The configured probability by class above which a voxel belongs to it, "default" for the others."""
+        return {"default": self.segment["threshold"], **self.segment["thresholds"]}
+
     def ceiling_settings(self) -> dict[str, Any]:
         segment = self.segmentation_settings()
         return {
-            "thresholds": segment["thresholds"],
+            "thresholds": self.thresholds,
             "derive": segment["derive"],
             "labels": self.labels,
             "rules": self.rules,
@@ -291,13 +299,19 @@ class Config:
         return {key: settings[key] for key in SEARCH_SETTINGS}
 
     def segmentation_settings(self) -> dict[str, Any]:
-        chosen = self.segment
-        return {
-            "thresholds": {"default": chosen["threshold"], **chosen["thresholds"]},
-            "min_size_nm3": chosen["min_size_nm3"],
-            "derive": [name for name in chosen["derive"] if name not in self.classes and derivable(name, self.classes)],
-            "revision": self.revisions["segment"],
-        }
+        chosen = {key: value for key, value in self.segment.items() if key != "tune"}
+        derived = [name for name in chosen["derive"] if name not in self.classes and parts_of(name, self.classes)]
+        return {**chosen, "derive": derived, "revision": self.revisions["segment"]}
+
+    def tuning_settings(self) -> dict[str, Any]:
+        """Return what determines what tuning finds, apart from probabilities and truth."""
+        segment = {key: value for key, value in self.segmentation_settings().items() if key != "revision"}
+        return {"settings": segment, **self.evaluation_settings(), "revision": self.revisions["tune"]}
+
+    def ensemble_settings(self) -> dict[str, Any]:
+        """Return how the models of an ensemble are weighted."""
+        policy = self.ensemble["policy"]
+        return {"policy": policy, "n": self.ensemble["n"]} if policy == "best_n" else {"policy": policy}
 
     def scoring_settings(self) -> dict[str, Any]:
         return {"rules": self.rules, "classes": list(self.classes)}
@@ -310,8 +324,41 @@ class Config:
         predict = dict(self.model(name).predict)
         shards = predict.pop("shards")[subset]
         settings = {**predict, "max_upsample": self.max_upsample, "revision": self.revisions["predict"]}
-        served = {grid: self.grids[grid] for grid in self.grids_in_use}
-        return {"settings": settings, "shards": shards, "served": served}
+        if predict["output"] == "mask":  # else they decide nothing here
+            settings["thresholds"] = self.thresholds
+        classes = list(self.model(name).classes)
+        return {"settings": settings, "shards": shards, "served": self.served(), "classes": classes}
+
+    def served(self) -> dict[str, Any]:
+        """Return voxel size and classes, in the order of `classes`, of the grids of the models in use."""
+        predicted = {
+            grid: {name for model in map(self.model, self.models) if model.grid == grid for name in model.classes}
+            for grid in self.grids_in_use
+        }
+        return {
+            grid: {"voxel_nm": self.grids[grid], "classes": [name for name in self.classes if name in names]}
+            for grid, names in predicted.items()
+        }
+
+    def plan_settings(self) -> dict[str, Any]:
+        """Return what determines which model predicts which volume, and what that takes."""
+        models = {
+            model.name: {
+                **{key: value for key, value in model.predict.items() if key != "shards"},
+                "grid": model.grid,
+                "voxel_nm": self.grids[model.grid],
+                "classes": list(model.classes),
+                "patch": model.train["patch"],
+                "spatial_dims": model.spatial_dims,
+            }
+            for model in map(self.model, self.models)
+        }
+        return {
+            "em_path": self.data.em_path,
+            "max_upsample": self.max_upsample,
+            "classes": list(self.classes),
+            "models": models,
+        }
 
     def volume_settings(self, name: str) -> dict[str, Any]:
         """Return where the EM of volumes is found, and the voxel size at which model `name` sees it."""
@@ -365,6 +412,7 @@ def load_config(
         chosen_context_nm=values["chunks"]["context_nm"],
         store_memory_gb=values["chunks"]["memory_gb"],
         search=values["search"],
+        ensemble=values["ensemble"],
         segment=values["segment"],
         rules=values["evaluate"]["rules"],
         revisions=values["revisions"],
@@ -437,7 +485,7 @@ def _check(values: Mapping[str, Any], sources: _Sources, known: Sequence[str], o
     named: list[tuple[str, Key]] = [(name, ("classes",)) for name in classes]
     named += [(name, ("segment", "derive")) for name in values["segment"]["derive"]]
     named += [(name, ("labels", "empty_by_class")) for name in values["labels"]["empty_by_class"]]
-    for section in ("thresholds", "min_size_nm3"):
+    for section in ("thresholds", "hole_nm3", "split_nm", "min_size_nm3"):
         named += [(name, ("segment", section)) for name in values["segment"][section]]
     faults = []
     for name, key in named:

@@ -1,9 +1,13 @@
 """What the machine, and the job on it, has."""
 
+import math
 import os
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
+
+# Share of its memory that a job takes at most: the page cache of what it writes counts as its memory too
+MEMORY_SHARE = 0.8
 
 
 def physical_memory() -> int:
@@ -30,3 +34,8 @@ def memory_limit(membership: Path = Path("/proc/self/cgroup"), cgroups: Path = C
             limits += [int(text)] if text.isdigit() else []
             folder = folder.parent
     return min(limits)
+
+
+def usable_gb(asked_gb: float | None = None) -> float:
+    """Return the memory in 10^9 bytes that a job may plan with: what was asked for, at most a share of its limit."""
+    return min(math.inf if asked_gb is None else asked_gb, MEMORY_SHARE * memory_limit() / 1e9)

@@ -276,13 +276,13 @@ def full_path(crops: Crops) -> dict[tuple[int, str], dict[str, Any]]:
         )
     index = {"model": "m", "fold": "0", "subset": "validation", "records": predictions}
     write_json(folder / "predict.json", index)
+    by_class = {key: {} for key in ("thresholds", "hole_nm3", "split_nm", "min_size_nm3")}
+    segmentation = {"threshold": 0.5, **by_class, "derive": OPTIONS["derive"], "repair": False, "revision": 0}
     segment(
         [folder / "predict.json"],
         folder / "segment.json",
         store_dir=folder / "masks",
-        thresholds=OPTIONS["thresholds"],
-        min_size_nm3={},
-        derive=OPTIONS["derive"],
+        settings=segmentation,
         subset="validation",
     )
     evaluate_fold(

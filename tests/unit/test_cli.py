@@ -53,7 +53,7 @@ def test_a_missing_array_is_a_problem(tmp_path, mask, capsys):
 def test_segmentations_are_packed_and_checked(tmp_path, mask, capsys):
     (tmp_path / "volumes.csv").write_text(MANIFEST)
     volume = zarr.open_group(tmp_path / "segment" / "jrc_x_crop7.zarr", mode="w", zarr_format=2)
-    array = volume.create_array("ecs", data=mask.astype(np.uint8), chunks=(6, 6, 6))
+    array = volume.create_array("ecs/s0", data=mask.astype(np.uint8), chunks=(6, 6, 6))
     place = {"voxel_size": [8, 8, 8], "translation": [4, 4, 4], "shape": [6, 6, 6]}
     array.attrs.update(place)
     lattice = {"voxel_nm": [8, 8, 8], "translation_nm": [4, 4, 4], "shape": [6, 6, 6]}

@@ -217,8 +217,8 @@ def test_entries_that_are_not_in_use_are_inert():
     assert config.segmentation_settings()["derive"] == []
 
 
-def test_groups_are_derived_only_where_the_classes_make_them_up():
-    assert resolve().segmentation_settings()["derive"] == ["golgi", "ves", "endo", "mito"]
+def test_groups_are_derived_only_where_some_class_lies_inside():
+    assert resolve().segmentation_settings()["derive"] == ["mito", "golgi", "ves", "endo", "er", "er_mem_all"]
 
 
 def test_overrides_win_over_the_model_file_which_wins_over_the_configuration():

@@ -49,7 +49,7 @@ def fold(tmp_path, ngff):
             )
         for name, values in answer_of(crop).items():
             array = zarr.create_array(
-                tmp_path / f"volumes/{crop}.zarr/{name}",
+                tmp_path / f"volumes/{crop}.zarr/{name}/s0",
                 shape=SHAPE,
                 chunks=(8,) * 3,
                 dtype=values.dtype,
@@ -209,7 +209,7 @@ def test_a_damaged_chunk_of_the_segmentation_is_recorded(fold):
 def test_segmentations_on_other_voxels_are_aligned_by_the_rules(fold):
     path, records = fold
     for name in ("er", "mito"):
-        group = path / records[0]["path"] / name
+        group = path / records[0]["path"] / name / "s0"
         attributes = json.loads((group / ".zattrs").read_text())
         attributes["translation"] = [TRANSLATION[0] + 4, *TRANSLATION[1:]]
         (group / ".zattrs").write_text(json.dumps(attributes))

@@ -141,7 +141,7 @@ def scored(tmp_path):
         labels = f"d/d.zarr/recon-1/labels/groundtruth/{name}"
         rows.append([f"d/{name}", "d/d.zarr/recon-1/em/fibsem-uint8", labels])
         store = zarr.open_group(tmp_path / f"segment/volumes/d_{name}.zarr", mode="w", zarr_format=2)
-        store.create_array("pm", data=np.roll(truth, 3, axis=2), chunks=(5, 40, 60))
+        store.create_array("pm/s0", data=np.roll(truth, 3, axis=2), chunks=(5, 40, 60))
         segments.append(
             {"name": f"d/{name}", "path": f"volumes/d_{name}.zarr", "target": lattice.to_dict(), "status": "ok"}
         )

@@ -171,3 +171,12 @@ def test_unknown_rules_and_voxel_sizes_are_refused():
         score_instance(empty, empty, (1, 1, 1), rules="csc-2026.6")
     with pytest.raises(DataError, match="voxel size"):
         score_instance(empty, empty, (1, 0, 1))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (1, 7, 7)])
+def test_thin_masks_of_isolated_voxels_are_scored_as_bool(shape):
+    pred = np.zeros(shape, bool)
+    pred[..., ::2, ::2] = True
+    truth = np.zeros(shape, np.uint8)
+    truth[0, 0, 0] = 1
+    assert score_instance(pred, truth, (1, 1, 1)) == score_instance(pred.astype(np.uint8), truth, (1, 1, 1))

@@ -226,7 +226,7 @@ def test_where_there_can_be_no_locks_the_gpus_are_those_that_are_listed(monkeypa
     environment = {VISIBLE: "1,2"}
     assert assign_gpus(2, {}, environment, SIX)
     assert environment[VISIBLE] == "GPU-1,GPU-2"
-    assert "no other training must use GPU-1, GPU-2" in caplog.text
+    assert "no other job must use GPU-1, GPU-2" in caplog.text
     assert not list(elsewhere.iterdir())
 
 

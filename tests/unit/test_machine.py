@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cellmap_pipe.machine import memory_limit, physical_memory
+from cellmap_pipe.machine import MEMORY_SHARE, memory_limit, physical_memory, usable_gb
 
 
 def test_without_a_limit_it_is_the_machines_memory(tmp_path: Path) -> None:
@@ -34,3 +34,8 @@ def test_the_limit_of_a_parent_group_counts(tmp_path: Path, line: str, folder: s
     assert memory_limit(membership, tmp_path / "groups") == 96_000_000
     (limited / name).unlink()
     assert memory_limit(membership, tmp_path / "groups") == physical_memory()
+
+
+def test_a_job_plans_with_what_it_asked_for_but_not_with_all_that_there_is():
+    assert usable_gb(0.001) == 0.001
+    assert usable_gb(1e9) == usable_gb() == MEMORY_SHARE * memory_limit() / 1e9

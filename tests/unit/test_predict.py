@@ -2,8 +2,11 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,15 +14,17 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cellmap_pipe.colours import colour_of
 from cellmap_pipe.errors import CellmapError, ConfigError, ContractError
 from cellmap_pipe.files import read_json
 from cellmap_pipe.geometry import Lattice
 from cellmap_pipe.intensity import intensity_range, lookup_table
-from cellmap_pipe.prediction import predict
+from cellmap_pipe.prediction import predict, store
 from cellmap_pipe.prediction.sliding_window import PredictionError
-from cellmap_pipe.prediction.volumes import grid_lattice
+from cellmap_pipe.prediction.volumes import EMVolume, grid_lattice
 from cellmap_pipe.training.inference import FORMAT
 from cellmap_pipe.training.networks import build_network
 
@@ -32,8 +37,12 @@ SETTINGS = {
     "max_oversampling": 8,
     "allow_oversampling": False,
     "max_upsample": 4,
+    "tta": 1,
+    "planes": "all",
+    "output": "uint8",
 }
 VOXEL = (8.0, 8.0, 8.0)
+SERVED = {"8nm": {"voxel_nm": VOXEL, "classes": CLASSES}}
 
 
 class Net(torch.nn.Module):
@@ -89,7 +98,7 @@ def run(root: Path, network: Net, volumes: list[dict[str, Any]], monkeypatch: py
         classes=CLASSES,
         grid="8nm",
         voxel_nm=VOXEL,
-        patch=(32, 16, 16),
+        patch=more.pop("patch", (32, 16, 16)),
         normalisation={"jrc_a": [0.0, 255.0]},
         digest=more.pop("weights", "w1"),
         contents={"settings": {"normalisation": more.pop("normalisation", "percentile")}},
@@ -101,7 +110,7 @@ def run(root: Path, network: Net, volumes: list[dict[str, Any]], monkeypatch: py
         "shards": 1,
         "store_dir": root / "out/volumes",
         "settings": SETTINGS,
-        "served": {"8nm": VOXEL},
+        "served": SERVED,
         "model": "m",
         "fold": 0,
         "subset": "test",
@@ -114,6 +123,10 @@ def run(root: Path, network: Net, volumes: list[dict[str, Any]], monkeypatch: py
 
 def array_of(root: Path, record: dict[str, Any]) -> np.ndarray:
     return np.asarray(zarr.open_array(str(root / "out" / record["path"] / "s0"), mode="r")[:])
+
+
+def store_of(root: Path, record: dict[str, Any]) -> Path:
+    return Path(root / "out" / record["path"])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -141,8 +154,8 @@ def test_store_is_ome_zarr_with_true_scale_translation_names_and_colours(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (record,) = run(root, Net(), [volume()], monkeypatch)["records"]
-    store = root / "out" / record["path"]
-    attributes = json.loads((store / ".zattrs").read_text())
+    path = store_of(root, record)
+    attributes = json.loads((path / ".zattrs").read_text())
     (multiscale,) = attributes["multiscales"]
     assert multiscale["version"] == "0.4"
     assert [axis["name"] for axis in multiscale["axes"]] == ["c", "z", "y", "x"]
@@ -159,7 +172,7 @@ def test_store_is_ome_zarr_with_true_scale_translation_names_and_colours(
     channels = attributes["omero"]["channels"]
     assert [channel["label"] for channel in channels] == CLASSES
     assert ["#" + channel["color"] for channel in channels] == [colour_of(name) for name in CLASSES]
-    layout = json.loads((store / "s0/.zarray").read_text())
+    layout = json.loads((path / "s0/.zarray").read_text())
     assert (layout["zarr_format"], layout["dimension_separator"], layout["dtype"]) == (2, "/", "|u1")
 
 
@@ -186,37 +199,92 @@ def test_a_killed_job_goes_on_and_gives_the_same_bytes(root: Path, monkeypatch: 
 
 
 def test_what_a_killed_writer_leaves_is_removed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(root, Net(), [volume()], monkeypatch)
+    (record,) = run(root, Net(), [volume()], monkeypatch)["records"]
     before = contents(root / "out/volumes")
-    (root / "out/volumes/jrc_a_crop1.zarr/s0/0/0/0/0.1234.partial").write_bytes(b"half a chunk")
-    (root / "out/volumes/jrc_a_crop1.blocks/.partial-1234-0_0_0.json").write_text("{")
-    (root / "out/volumes/.partial-1234-jrc_a_crop1.zarr").mkdir()
+    path = store_of(root, record)
+    (path / "s0/0/0/0/0.1234.partial").write_bytes(b"half a chunk")
+    (path.with_suffix(".blocks") / ".partial-1234-0_0_0.json").write_text("{")
+    (path.parent / f".partial-1234-{path.name}").mkdir()
     run(root, Net(), [volume()], monkeypatch)
     assert contents(root / "out/volumes") == before
-    assert not (root / "out/volumes/.partial-1234-jrc_a_crop1.zarr").exists()
+    assert not (path.parent / f".partial-1234-{path.name}").exists()
+
+
+def test_what_another_job_is_writing_is_left_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (record,) = run(root, Net(), [volume()], monkeypatch)["records"]
+    path = store_of(root, record)
+    partials = [path / "s0/0/2/0/0.1234.partial", path.with_suffix(".blocks") / ".partial-1234-128_0_0.json"]
+    survey = path.parent / ".partial-1234-jrc_a_crop2.survey.json"
+    survey.write_text("half")
+    for partial in partials:
+        partial.write_bytes(b"half")
+    run(root, Net(), [volume()], monkeypatch, shard=0, shards=3)
+    assert all(partial.exists() for partial in [*partials, survey])
+    run(root, Net(), [volume()], monkeypatch, shard=2, shards=3)
+    assert not any(partial.exists() for partial in partials)
 
 
 def test_a_damaged_record_or_another_fingerprint_is_redone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (record,) = run(root, Net(), [volume()], monkeypatch)["records"]
     first = contents(root / "out/volumes")
-    blocks = sorted((root / "out/volumes/jrc_a_crop1.blocks").iterdir())
+    blocks = sorted(store_of(root, record).with_suffix(".blocks").iterdir())
     assert [path.name for path in blocks] == ["0_0_0.json", "128_0_0.json", "64_0_0.json"]
     blocks[0].write_text("{")
     network = Net()
     run(root, network, [volume()], monkeypatch)
     assert network.windows > 0
     assert contents(root / "out/volumes") == first
+    neutral = Net()
+    run(root, neutral, [volume()], monkeypatch, settings={**SETTINGS, "max_oversampling": 3, "planes": "z"})
+    assert neutral.windows == 0
     for change in (
         {"weights": "w2"},
         {"settings": {**SETTINGS, "overlap": 0.25}},
-        {"settings": {**SETTINGS, "rev": 1}},
+        {"settings": {**SETTINGS, "revision": 1}},
+        {"settings": {**SETTINGS, "tta": 4}},
+        {"settings": {**SETTINGS, "output": "float16"}},
+        {"settings": {**SETTINGS, "output": "mask", "thresholds": {"default": 0.5}}},
+        {"settings": {**SETTINGS, "output": "mask", "thresholds": {"default": 0.5, "ecs": 0.25}}},
     ):
         network = Net()
         (other,) = run(root, network, [volume()], monkeypatch, **change)["records"]
         assert network.windows > 0 and other["fingerprint"] != record["fingerprint"]
-    neutral = Net()
-    run(root, neutral, [volume()], monkeypatch, settings={**SETTINGS, "rev": 1, "max_oversampling": 3})
-    assert neutral.windows == 0
+        # the stores of earlier weights and settings are gone
+        assert [path.name for path in (root / "out/volumes").glob("*.zarr")] == [store_of(root, other).name]
+        assert len(list((root / "out/volumes").glob("*.blocks"))) == 1
+
+
+def test_a_store_that_was_damaged_is_made_anew(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (record,) = run(root, Net(), [volume()], monkeypatch)["records"]
+    before = contents(root / "out/volumes")
+    (store_of(root, record) / "s0/.zarray").write_text("{")
+    network = Net()
+    run(root, network, [volume()], monkeypatch)
+    assert network.windows > 0 and contents(root / "out/volumes") == before
+
+
+def test_outputs_are_what_the_settings_say(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fine, masks = (
+        run(
+            root, Net(), [volume()], monkeypatch, settings={**SETTINGS, **more}, store_dir=root / "out" / more["output"]
+        )
+        for more in (
+            {"output": "float16"},
+            {"output": "mask", "thresholds": {"default": 0.6, "mito_mem": 0.3}},
+        )
+    )
+    (fine,), (masks,) = fine["records"], masks["records"]
+    expected = ramp((150, 40, 40))[10:140, 8:32, 8:32] / 255
+    assert (fine["output"], masks["output"]) == ("float16", "mask")
+    found = array_of(root, fine)
+    assert found.dtype == np.float16 and np.abs(found[0] - expected).max() < 1e-3
+    shown = json.loads((store_of(root, fine) / ".zattrs").read_text())["omero"]["channels"][0]["window"]
+    assert shown["end"] == 1
+    found = array_of(root, masks)
+    assert found.dtype == np.uint8
+    clear = np.abs(np.stack([expected - 0.6, 1 - expected - 0.3])) > 1e-3
+    np.testing.assert_array_equal(found[0][clear[0]], np.where(expected > 0.6, 255, 0)[clear[0]])
+    np.testing.assert_array_equal(found[1][clear[1]], np.where(1 - expected > 0.3, 255, 0)[clear[1]])
 
 
 def test_blocks_of_another_arithmetic_are_redone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,14 +315,14 @@ def test_changed_em_is_predicted_anew(root: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_memory_limit_changes_nothing_but_the_cut(root: Path, ngff: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = volume(shape=(40, 24, 24))
-    ngff(root / "data/jrc_b/jrc_b.zarr/em", ramp((40, 160, 300)), VOXEL, (4, 4, 4), chunks=CHUNKS)
-    lattice = Lattice(VOXEL, (4, 4, 4), (40, 160, 300)).to_dict()
+    ngff(root / "data/jrc_b/jrc_b.zarr/em", ramp((40, 32, 300)), VOXEL, (4, 4, 4), chunks=CHUNKS)
+    lattice = Lattice(VOXEL, (4, 4, 4), (40, 32, 300)).to_dict()
     wide |= {"name": "jrc_b/crop1", "em": "jrc_b/jrc_b.zarr/em", "lattice": lattice, "target": lattice}
     (whole,) = run(root, Net(), [wide], monkeypatch)["records"]
     expected = array_of(root, whole)
-    settings = {**SETTINGS, "memory_gb": 0.02}
-    (cut,) = run(root, Net(), [wide], monkeypatch, settings=settings, store_dir=root / "out/cut")["records"]
-    assert len(list((root / "out/cut/jrc_b_crop1.blocks").iterdir())) > 1
+    used = {**SETTINGS, "memory_gb": 0.006}
+    (cut,) = run(root, Net(), [wide], monkeypatch, settings=used, store_dir=root / "out/cut")["records"]
+    assert len(list((root / "out" / cut["path"]).with_suffix(".blocks").iterdir())) > 1
     np.testing.assert_array_equal(array_of(root, cut), expected)
     with pytest.raises(CellmapError, match=r"predict.memory_gb 1e-05 is too little"):
         run(root, Net(), [wide], monkeypatch, settings={**SETTINGS, "memory_gb": 1e-5}, store_dir=root / "out/none")
@@ -336,23 +404,144 @@ def test_a_volume_of_another_grid_is_listed_with_the_grid_that_serves_it(
     target = Lattice((32, 32, 32), (16, 16, 16), (10, 10, 10))
     coarse = volume(target=target.to_dict(), lattice=grid_lattice(target, VOXEL).to_dict())
     network = Net()
-    (record,) = run(root, network, [coarse], monkeypatch, served={"32nm": (32, 32, 32)})["records"]
+    other = {"32nm": {"voxel_nm": (32, 32, 32), "classes": CLASSES}}
+    (record,) = run(root, network, [coarse], monkeypatch, served=other)["records"]
     assert (record["status"], network.windows) == ("not served", 0)
     assert "grid 32nm" in record["cause"]
     (record,) = run(root, network, [coarse], monkeypatch)["records"]
     assert "64 times the voxels" in record["cause"]
 
 
+def test_each_class_is_predicted_on_the_grid_nearest_to_what_is_asked(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fine, coarse = Lattice(VOXEL, (84, 68, 68), (24, 24, 24)), Lattice((32, 32, 32), (96, 80, 80), (6, 6, 6))
+    asked = {"ecs": fine.to_dict(), "mito": coarse.to_dict()}
+    both = volume(lattice=fine.to_dict(), target=fine.to_dict(), classes=["ecs", "mito"], asked=asked)
+    served: dict[str, Any] = {**SERVED, "32nm": {"voxel_nm": (32, 32, 32), "classes": ["mito", "ecs"]}}
+    (record,) = run(root, Net(), [both], monkeypatch, served=served)["records"]
+    assert record["classes"] == ["ecs"]
+    served["32nm"]["classes"] = ["nuc"]
+    (record,) = run(root, Net(), [both], monkeypatch, served=served, settings={**SETTINGS, "max_oversampling": 64})[
+        "records"
+    ]
+    assert record["classes"] == CLASSES
+
+
 def test_shards_share_the_volumes_and_delete_what_is_not_listed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     volumes = [volume(f"jrc_a/crop{i}", (8, 8, 8)) for i in range(6)]
+    volumes.append(volume("jrc_a/crop9", classes=["pm"]))
     for shard in range(3):
         run(root, Net(), volumes, monkeypatch, shard=shard, shards=3)
-    names = [[record["name"] for record in read_json(root / f"out/shard{shard}.json")["records"]] for shard in range(3)]
-    assert sorted(name for shard_names in names for name in shard_names) == [v["name"] for v in volumes]
+    results = [read_json(root / f"out/shard{shard}.json") for shard in range(3)]
+    names = [[record["name"] for record in result["records"]] for result in results]
+    assert names == [["jrc_a/crop0", "jrc_a/crop1", "jrc_a/crop9"]] + [
+        [f"jrc_a/crop{i}" for i in (k, k + 1)] for k in (2, 4)
+    ]
+    assert [(result["shard"], result["shards"]) for result in results] == [(0, 3), (1, 3), (2, 3)]
     for shard in range(3):
         run(root, Net(), volumes[:2], monkeypatch, shard=shard, shards=3)
-    assert sorted(path.stem for path in (root / "out/volumes").glob("*.zarr")) == ["jrc_a_crop0", "jrc_a_crop1"]
-    assert len(list((root / "out/volumes").glob("*.blocks"))) == 2
+    kept = sorted(path.name.split("-")[0] for path in (root / "out/volumes").iterdir())
+    assert kept == [f"jrc_a_crop{i}{end}" for i in (0, 1) for end in ("", "", ".survey.json")]
+
+
+@settings(max_examples=8, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    depths=st.lists(st.integers(1, 135), min_size=1, max_size=2),
+    shards=st.integers(2, 5),
+    columns=st.booleans(),
+    order=st.randoms(use_true_random=False),
+)
+def test_any_number_of_jobs_writes_the_same_bytes(
+    root: Path,
+    ngff: Writer,
+    monkeypatch: pytest.MonkeyPatch,
+    depths: list[int],
+    shards: int,
+    columns: bool,
+    order: Random,
+) -> None:
+    wide = Lattice(VOXEL, (4, 4, 4), (70, 8, 260))
+    if not (root / "data/jrc_b").exists():
+        ngff(root / "data/jrc_b/jrc_b.zarr/em", ramp(wide.shape), VOXEL, (4, 4, 4), chunks=CHUNKS)
+    volumes = [volume(f"jrc_a/crop{i}", (depth, 8, 8)) for i, depth in enumerate(depths)]
+    if columns:
+        volumes.append(volume("jrc_b/crop1", lattice=wide.to_dict(), target=wide.to_dict()))
+    used = {**SETTINGS, "memory_gb": 0.0033 if columns else None}
+    for folder in ("one", "many"):
+        shutil.rmtree(root / "out" / folder, ignore_errors=True)
+    (alone,) = (run(root, Net(), volumes, monkeypatch, store_dir=root / "out/one", settings=used)["records"],)
+    assert len(list((root / "out/one").glob("jrc_b*.blocks/*"))) == (4 if columns else 0)
+    together: dict[str, Any] = {}
+    for shard in order.sample(range(shards), shards):
+        job = run(
+            root, Net(), volumes, monkeypatch, store_dir=root / "out/many", settings=used, shard=shard, shards=shards
+        )
+        for record in job["records"]:
+            assert together.setdefault(record["name"], record) == record
+    assert contents(root / "out/many") == contents(root / "out/one")
+    assert [(r["name"], r["fingerprint"]) for r in alone] == sorted((n, r["fingerprint"]) for n, r in together.items())
+
+
+def test_jobs_that_make_a_store_at_once_use_the_same(tmp_path: Path) -> None:
+    lattice = Lattice(VOXEL, (4, 4, 4), (256, 8, 8))
+
+    def write(number: int) -> Path:
+        made = store.BlockStore(tmp_path, "jrc_a/crop1", lattice, CLASSES, "f" * 64, {"em_level": "s0"})
+        made.array[:, number * 64 : number * 64 + 64] = number + 1
+        made.finish(((number * 64, 0, 0), (number * 64 + 64, 8, 8)))
+        return made.path
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            (path,) = set(pool.map(write, range(4)))
+            array = zarr.open_array(str(path / "s0"), mode="r")
+            assert array[0, ::64, 0, 0].tolist() == [1, 2, 3, 4]
+            assert sorted(entry.name for entry in tmp_path.iterdir()) == [path.with_suffix(".blocks").name, path.name]
+            assert len(list(path.with_suffix(".blocks").iterdir())) == 4
+            shutil.rmtree(path)
+            shutil.rmtree(path.with_suffix(".blocks"))
+
+
+def test_slices_are_predicted_across_all_axes_where_voxels_are_isotropic(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Steep(torch.nn.Module):
+        """How steeply the image rises along the rows of a slice: along y, except in slices across y, where it is z."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert x.shape[2] == 1
+            rise = 20 * (x - x.roll(1, dims=3))
+            return torch.logit((rise + 0.2).clamp(0.01, 0.99)).repeat(1, 3, 1, 1, 1)
+
+    image = (np.indices((150, 40, 40))[0] + 2 * np.indices((150, 40, 40))[1] + 20).astype(np.uint8)
+    zarr.open_array(str(root / "data/jrc_a/jrc_a.zarr/em/s0"), mode="r+")[...] = image
+    expected = {"z": 20 * 2 / 255 + 0.2, "all": 20 * (2 + 1 + 1) / 255 / 3 + 0.2}
+    for planes, value in expected.items():
+        used = {**SETTINGS, "planes": planes}
+        (record,) = run(root, Steep(), [volume(shape=(6, 6, 6))], monkeypatch, patch=(1, 16, 16), settings=used)[
+            "records"
+        ]
+        found = array_of(root, record)[0] / 255
+        assert np.abs(found - value).max() < 0.01
+
+
+def test_the_em_is_surveyed_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    surveys: list[EMVolume] = []
+    reading = EMVolume._read_all
+
+    def counting(self: EMVolume) -> Any:
+        surveys.append(self)
+        return reading(self)
+
+    monkeypatch.setattr(EMVolume, "_read_all", counting)
+    for shard in range(3):
+        run(root, Net(), [volume()], monkeypatch, shard=shard, shards=3)
+    assert len(surveys) == 1
+    zarr.open_array(str(root / "data/jrc_a/jrc_a.zarr/em/s0"), mode="r+")[20, 20, 20] = 0
+    (root / "out/volumes/jrc_a_crop1.survey.json").write_text("{")
+    run(root, Net(), [volume()], monkeypatch)
+    assert len(surveys) == 2
 
 
 def test_failed_volumes_are_named_and_the_others_are_done(
@@ -374,22 +563,98 @@ def test_failed_volumes_are_named_and_the_others_are_done(
     assert network.windows == 0
 
 
-def test_nan_fails_its_volume_and_is_not_recorded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = Net(nan_at=12)
-    with pytest.raises(PredictionError, match=r"jrc_a/crop1: the network gave NaN in the window at voxel \("):
-        run(root, network, [volume()], monkeypatch)
+def test_nan_fails_its_blocks_and_the_others_are_kept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Poisoned(Net):
+        """NaN wherever the brightest voxel of the EM is seen."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.where((x > 254.5 / 255).any(), torch.nan, super().forward(x))
+
+    array = zarr.open_array(str(root / "data/jrc_a/jrc_a.zarr/em/s0"), mode="r+")
+    array[10 + 100, 20, 20] = 255
+    with pytest.raises(PredictionError) as caught:
+        run(root, Poisoned(), [volume(), volume("jrc_a/crop2", (64, 24, 24))], monkeypatch)
+    message = str(caught.value)
+    assert message.startswith("1 of 2 volumes failed: jrc_a/crop1, block [64:128 0:24 0:24]: the network gave NaN in ")
+    assert message.count("block [") == 1
     assert not (root / "out/shard0.json").exists()
-    assert not list((root / "out/volumes").glob("*.blocks/*"))
+    done = sorted(str(path.relative_to(root / "out/volumes")) for path in (root / "out/volumes").glob("*.blocks/*"))
+    assert [name.split("/")[-1] for name in done] == ["0_0_0.json", "128_0_0.json", "0_0_0.json"]
 
 
-def test_disk_full_fails_the_job_and_leaves_no_record(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
+def test_a_damaged_chunk_fails_the_blocks_that_need_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lattice = Lattice(VOXEL, (4, 68, 68), (140, 24, 24)).to_dict()
+    asked = volume(lattice=lattice, target=lattice)
+    damaged = root / "data/jrc_a/jrc_a.zarr/em/s0/4/0/0"
+    intact = damaged.read_bytes()
+    damaged.write_bytes(b"damaged")
+    with pytest.raises(PredictionError) as caught:
+        run(root, Net(), [asked], monkeypatch)
+    message = str(caught.value)
+    assert message.startswith("1 of 1 volumes failed: jrc_a/crop1, block [64:128 0:24 0:24]: ")
+    assert "; jrc_a/crop1, block [128:140 0:24 0:24]: " in message
+    assert message.count("s0/4/0/0: damaged chunk") == message.count("block [") == 2
+    assert [path.name for path in (root / "out/volumes").glob("*.blocks/*")] == ["0_0_0.json"]
+    assert not (root / "out/shard0.json").exists()
+    damaged.write_bytes(intact)
+    (record,) = run(root, Net(), [asked], monkeypatch)["records"]
+    expected = ramp((150, 40, 40))[:140, 8:32, 8:32]
+    assert np.abs(array_of(root, record)[0].astype(int) - expected).max() <= 1
+
+
+def test_blocks_outlive_a_damage_that_is_mended(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (record,) = run(root, Net(), [volume()], monkeypatch)["records"]
+    damaged = root / "data/jrc_a/jrc_a.zarr/em/s0/1/0/0"
+    intact = damaged.read_bytes()
+    damaged.write_bytes(b"damaged")
+    with pytest.raises(PredictionError, match="damaged chunk"):
+        run(root, Net(), [volume()], monkeypatch)
+    damaged.write_bytes(intact)
+    network = Net()
+    (again,) = run(root, network, [volume()], monkeypatch)["records"]
+    assert (again, network.windows) == (record, 0)
+    assert [path.name for path in (root / "out/volumes").glob("*.zarr")] == [store_of(root, record).name]
+
+
+@pytest.mark.parametrize("place", ["store", "chunk", "record"])
+def test_a_full_disk_stops_the_job_and_leaves_no_record(
+    root: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(zarr.Array, "__setitem__", full)
-    with pytest.raises(PredictionError, match="No space left on device"):
-        run(root, Net(), [volume(shape=(8, 8, 8))], monkeypatch)
-    assert not list((root / "out/volumes").glob("*.blocks/*"))
+    target, name = {
+        "store": (store, "create_probabilities"),
+        "chunk": (zarr.Array, "__setitem__"),
+        "record": (store, "write_json"),
+    }[place]
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, full)
+        with pytest.raises(PredictionError) as caught:
+            run(root, Net(), [volume("jrc_a/crop1"), volume("jrc_a/crop2")], monkeypatch)
+    message = str(caught.value)
+    assert message.startswith(
+        "jrc_a/crop1: [Errno 28] No space left on device: this job's volumes from here on take up "
+    )
+    assert "up to 0.000449 GB" in message and "volumes failed" not in message
+    assert not list((root / "out/volumes").glob("*.blocks/*.json"))
+    run(root, Net(), [volume("jrc_a/crop1"), volume("jrc_a/crop2")], monkeypatch)
+
+
+def test_lack_of_memory_stops_the_job(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Greedy(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise self.error
+
+    for error, remedy in (
+        (MemoryError(), "set predict.memory_gb lower"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "set predict.memory_gb lower"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "lower predict.batch"),
+    ):
+        network = Greedy()
+        network.error = error
+        with pytest.raises(PredictionError, match=rf"^jrc_a/crop1: .*{remedy}"):
+            run(root, network, [volume(), volume("jrc_a/crop2")], monkeypatch)
 
 
 def test_weights_of_another_grid_or_settings_that_lack_a_key_are_refused(
@@ -399,8 +664,16 @@ def test_weights_of_another_grid_or_settings_that_lack_a_key_are_refused(
     with pytest.raises(CellmapError, match=r"was trained on grid 8nm"):
         run(root, Net(), [volume(lattice=other)], monkeypatch)
     lacking = {key: value for key, value in SETTINGS.items() if key != "overlap"}
-    with pytest.raises(ConfigError, match=r"predict.overlap is missing"):
-        run(root, Net(), [volume()], monkeypatch, settings=lacking)
+    for used, message in (
+        (lacking, r"predict.overlap is missing"),
+        ({**SETTINGS, "output": "mask"}, r"predict.thresholds is missing"),
+        ({**SETTINGS, "output": "bits"}, r"predict.output: unknown 'bits'; allowed: uint8"),
+        ({**SETTINGS, "tta": 48}, r"predict.tta 48"),
+    ):
+        with pytest.raises(CellmapError, match=message):
+            run(root, Net(), [volume()], monkeypatch, settings=used)
+    with pytest.raises(ContractError, match=r"model.pt predicts ecs, mito_mem, mito_lum, but model m .* ecs, pm"):
+        run(root, Net(), [volume()], monkeypatch, classes=["ecs", "pm"])
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no GPU"):
             run(root, Net(), [volume()], monkeypatch, device="cuda")
@@ -416,7 +689,7 @@ def predict_with(root: Path, weights: Path, volumes: list[dict[str, Any]]) -> An
         shards=1,
         store_dir=root / "out/volumes",
         settings=SETTINGS,
-        served={"8nm": VOXEL},
+        served=SERVED,
         model="m",
         fold=0,
         subset="test",
@@ -453,6 +726,10 @@ def test_a_checkpoint_predicts_as_its_network_does(root: Path) -> None:
     with torch.no_grad():
         expected = torch.sigmoid(network.eval()(torch.from_numpy(image)[None, None]))[0].numpy() * 255
     assert np.abs(array_of(root, record) - expected).max() <= 0.51
+    contents["settings"]["arguments"] = {"channels": [2, 6], "strides": [2]}
+    torch.save(contents, root / "model.pt")
+    with pytest.raises(ContractError, match=r"model\.pt: its weights do not fit its settings .*train it again"):
+        predict_with(root, root / "model.pt", [volume(shape=(16, 16, 16))])
 
 
 def test_a_damaged_checkpoint_is_named(root: Path) -> None:

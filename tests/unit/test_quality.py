@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cellmap_pipe.errors import ConfigError, ContractError
-from cellmap_pipe.prediction.plan import estimate_bytes, make_plan
+from cellmap_pipe.prediction.plan import estimate_bytes, make_plans
 from cellmap_pipe.prediction.volumes import READ_PLANES
 from cellmap_pipe.prepare.quality import judge, needed_memory, read_verdicts, write_quality
 
@@ -129,8 +129,8 @@ def test_prediction_needs_no_more_than_predicted_whatever_em_lies_round_the_crop
     box, depth = ((0, 0, 0), shape), min(64, shape[0])
     runs = []
     for context in product([(0, 0), (3, 11), (32, 0), (32, 32)], repeat=3):
-        plan = make_plan(shape, (32, 32, 32), 0.5, context=context)
-        runs.append(estimate_bytes(plan, box, 2, depth, 2, READ_PLANES))
+        plans = make_plans(shape, (32, 32, 32), 0.5, context=context, voxel_nm=(8.0, 8.0, 4.0))
+        runs.append(estimate_bytes(plans, box, 2, depth, 2, READ_PLANES))
     assert max(runs) == need.predict
 
 
@@ -140,7 +140,7 @@ def test_a_model_that_keeps_to_a_bound_needs_no_more():
 
 
 def test_memory_does_not_count_the_depth_of_a_prediction_but_that_of_the_store():
-    shallow, deep = (needed_memory(of_shape(n, 64, 64), MODELS, 0) for n in (200, 2000))
+    shallow, deep = (needed_memory(of_shape(n, 64, 64), MODELS, 0) for n in (192, 1920))
     assert deep.predict == pytest.approx(shallow.predict, rel=0.01)
     assert deep.train == 10 * shallow.train
 

@@ -9,7 +9,7 @@ import csv
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -26,7 +26,7 @@ from cellmap_pipe.files import read_json, write_json
 from cellmap_pipe.geometry import Shape3, shape3
 from cellmap_pipe.prediction import predict
 from cellmap_pipe.prediction.plan import Plan
-from cellmap_pipe.prediction.sliding_window import Network, stream
+from cellmap_pipe.prediction.sliding_window import Network, predict_box
 from cellmap_pipe.prediction.volumes import validation_volumes
 from cellmap_pipe.prepare.chunks import chunk_shard, write_index
 from cellmap_pipe.prepare.convert import convert_shard
@@ -181,8 +181,11 @@ class Case:
                 "max_oversampling": 8,
                 "allow_oversampling": False,
                 "max_upsample": 4,
+                "tta": 1,
+                "planes": "z",
+                "output": "uint8",
             },
-            served={"grid": self.grid},
+            served={"grid": {"voxel_nm": self.grid, "classes": CLASSES}},
             model="tiny",
             fold=0,
             subset="validation",
@@ -214,19 +217,20 @@ def seen(case_of: Callable[[str], Case], request: pytest.FixtureRequest) -> Seen
     weights = case.train(normalisation)
     watched = []
 
-    def watching(network: Network, source: Any, plan: Plan, box: Any, **options: Any) -> Iterator[Any]:
+    def watching(network: Network, source: Any, plans: Sequence[Plan], box: Any, write: Any, **options: Any) -> None:
         shown: list[torch.Tensor] = []
 
         def looking(images: torch.Tensor) -> torch.Tensor:
             shown.extend(images.clone())
             return network(images)
 
-        yield from stream(looking, source, plan, box, **options)
+        predict_box(looking, source, plans, box, write, **options)
+        (plan,) = plans
         corners = product(*(axis.starts for axis in plan))
         watched.append((plan, [(shape3(corner), image) for corner, image in zip(corners, shown, strict=True)]))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predict, "stream", watching)
+        patch.setattr(predict, "predict_box", watching)
         records = case.predict(weights)
     return Seen(case, normalisation, weights, records, watched)
 

@@ -88,7 +88,7 @@ def segmentation(root, crops=(1, 2), labels=LABELS, lattice=(VOXEL, TRANSLATION,
         if status == "ok":
             record |= {"path": f"volumes/jrc_x_crop{crop}.zarr", "classes": list(labels)}
             for label in labels:
-                write(root / "volumes", f"jrc_x_crop{crop}.zarr/{label}", volumes_of(crop)[label])
+                write(root / "volumes", f"jrc_x_crop{crop}.zarr/{label}/s0", volumes_of(crop)[label])
         records.append(record)
     path = root / "test.json"
     path.write_text(json.dumps({"model": "ensemble", "fold": "all", "subset": "test", "records": records}))
@@ -329,22 +329,25 @@ def test_groups_are_formed_from_their_parts(tmp_path):
         "status": "ok",
         "cause": "",
         "path": "v.zarr",
-        "classes": ["mito_mem", "mito_lum", "mito_ribo", "golgi_mem", "golgi_lum", "er_mem"],
+        "classes": ["mito_mem", "mito_lum", "mito_ribo", "golgi_mem", "golgi_lum", "er_mem", "er_mem_all"],
+        "approximate": {"er_mem_all": ["eres_mem", "ne_mem"]},
         "target": {"voxel_nm": VOXEL, "translation_nm": TRANSLATION, "shape": SHAPE},
     }
-    write(tmp_path, "v.zarr/mito_mem", mito == 1)
-    write(tmp_path, "v.zarr/mito_lum", (mito == 2).astype(np.uint8))
-    write(tmp_path, "v.zarr/golgi_mem", (mito == 1).astype(np.uint8))
-    write(tmp_path, "v.zarr/golgi_lum", (mito == 2).astype(np.uint8))
-    for label in ("mito_ribo", "er_mem"):
-        write(tmp_path, f"v.zarr/{label}", np.zeros(SHAPE, np.uint8))
+    write(tmp_path, "v.zarr/mito_mem/s0", mito == 1)
+    write(tmp_path, "v.zarr/mito_lum/s0", (mito == 2).astype(np.uint8))
+    write(tmp_path, "v.zarr/golgi_mem/s0", (mito == 1).astype(np.uint8))
+    write(tmp_path, "v.zarr/golgi_lum/s0", (mito == 2).astype(np.uint8))
+    for label in ("mito_ribo", "er_mem", "er_mem_all"):
+        write(tmp_path, f"v.zarr/{label}/s0", np.zeros(SHAPE, np.uint8))
     (tmp_path / "test.json").write_text(json.dumps({"records": [record]}))
-    manifest = write_manifest(tmp_path / "manifest.csv", ["1"], ["mito", "golgi", "er"])
+    manifest = write_manifest(tmp_path / "manifest.csv", ["1"], ["mito", "golgi", "er", "er_mem_all"])
     pack(tmp_path / "test.json", manifest, tmp_path / "s.zip", tmp_path / "report.json")
     container = open_container(tmp_path / "s.zip")
     assert np.array_equal(container.array("crop1", "golgi")[:], (mito > 0).astype(np.uint8))
     assert np.array_equal(container.array("crop1", "mito")[:], mito)
-    assert json.loads((tmp_path / "report.json").read_text())["not_predicted"] == ["crop1/er"]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["not_predicted"] == ["crop1/er"]
+    assert report["approximate"] == {"crop1/er_mem_all": ["eres_mem", "ne_mem"]}
 
 
 def test_other_voxels_are_resampled_to_the_manifest_once(tmp_path):
@@ -394,7 +397,7 @@ def test_failed_volumes_still_give_their_rows_a_geometry(tmp_path):
 def test_ids_beyond_uint16_are_kept(tmp_path):
     source = segmentation(tmp_path, [1])
     big = volumes_of(1)["mito"].astype(np.uint32) * 70_000
-    rewrite(tmp_path / "volumes", "jrc_x_crop1.zarr/mito", big)
+    rewrite(tmp_path / "volumes", "jrc_x_crop1.zarr/mito/s0", big)
     pack(source, write_manifest(tmp_path / "m.csv", ["1"]), tmp_path / "s.zip", tmp_path / "r.json")
     array = open_container(tmp_path / "s.zip").array("crop1", "mito")
     assert array.dtype == np.uint32 and np.array_equal(array[:], big)

@@ -246,6 +246,7 @@ def test_flight_check_names_every_problem(tmp_path, problems, verdict):
         "rows": 28,
         "zero_rows": ["crop1/nuc", "crop2/nuc"],
         "not_predicted": ["crop2/nuc"],
+        "approximate": {"crop1/er": ["ne_mem", "ne_lum"]},
         "sha256": "ab" * 32,
         "size": 12_300_000,
         "rules": "csc-2026.06",
@@ -258,11 +259,12 @@ def test_flight_check_names_every_problem(tmp_path, problems, verdict):
     rows = [cells(row) for row in text.splitlines()]
     assert ["crop1/nuc", "predicted, and empty"] in rows
     assert ["crop2/nuc", "no model answers it"] in rows
+    assert ["crop1/er", "ne_mem, ne_lum"] in rows
     assert all(problem in text for problem in problems)
 
 
 def test_known_truth_adds_the_submissions_scores(tmp_path):
-    report = {name: [] for name in ("problems", "warnings", "zero_rows", "not_predicted")}
+    report = {name: [] for name in ("problems", "warnings", "zero_rows", "not_predicted", "approximate")}
     report |= {"rows": 2, "sha256": "ab" * 32, "size": 1000, "rules": "csc-2026.06", "note": "the portal may differ"}
     instance = {"f1": 0.5, "normalized_hausdorff_distance": 0.98, "combined_score": 0.7}
     scores = {

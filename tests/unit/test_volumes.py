@@ -16,7 +16,7 @@ from cellmap_pipe.errors import ConfigError, ContractError, DataError
 from cellmap_pipe.files import write_json
 from cellmap_pipe.geometry import Lattice
 from cellmap_pipe.prediction import volumes
-from cellmap_pipe.prediction.volumes import EMVolume, check_survey, grid_lattice, service
+from cellmap_pipe.prediction.volumes import EMVolume, check_survey, grid_lattice, reach_of
 
 EM = "recon-1/em/fibsem-uint8"
 Writer = Callable[..., Path]
@@ -76,6 +76,8 @@ def test_test_volumes_are_the_union_of_their_rows(tmp_path: Path) -> None:
     found = volumes.test_volumes(path, tmp_path, EM, (8, 8, 8))
     assert [volume["name"] for volume in found] == ["jrc_x/crop12", "jrc_y/mine"]
     assert found[0]["classes"] == ["pm", "nuc"] and found[1]["classes"] is None
+    assert list(found[0]["asked"]) == ["pm", "nuc"] and found[1]["asked"] == {}
+    assert Lattice.from_dict(found[0]["asked"]["pm"]) == Lattice((4, 4, 4), (102, 2, 2), (10, 20, 30))
     assert found[0]["em"] == f"jrc_x/jrc_x.zarr/{EM}"
     assert Lattice.from_dict(found[0]["target"]) == Lattice((4, 4, 4), (98, 2, 2), (12, 20, 30))
     assert Lattice.from_dict(found[0]["lattice"]) == Lattice((8, 8, 8), (100, 4, 4), (6, 10, 15))
@@ -113,22 +115,6 @@ def test_faults_of_the_table_are_named(tmp_path: Path) -> None:
         volumes.test_volumes(path, tmp_path, EM, (8, 8, 8))
     with pytest.raises(ConfigError, match="lists no volume"):
         volumes.test_volumes(table(tmp_path / "none.csv"), tmp_path, EM, (8, 8, 8))
-
-
-def test_the_nearest_grid_serves_a_volume() -> None:
-    def volume(voxel: float, grid: float) -> dict[str, Any]:
-        target = Lattice((voxel,) * 3, (0, 0, 0), (40, 40, 40))
-        return {"target": target.to_dict(), "lattice": grid_lattice(target, (grid,) * 3).to_dict()}
-
-    grids = {"8nm": (8, 8, 8), "32nm": (32, 32, 32)}
-    assert service(volume(4, 8), "8nm", grids, 8, False).served
-    refused = service(volume(4, 32), "32nm", grids, 8, False)
-    assert not refused.served and "grid 8nm" in refused.cause
-    assert service(volume(16, 8), "8nm", grids, 8, False).served
-    assert not service(volume(32, 8), "8nm", {"8nm": (8, 8, 8)}, 8, False).served
-    assert "64 times the voxels" in service(volume(32, 8), "8nm", {"8nm": (8, 8, 8)}, 8, False).cause
-    assert service(volume(32, 8), "8nm", {"8nm": (8, 8, 8)}, 8, True).served
-    assert service(volume(4, 4), "native", {"native": "native", **grids}, 8, False).served
 
 
 def test_em_is_read_with_its_surroundings(tmp_path: Path, ngff: Writer) -> None:
@@ -185,6 +171,59 @@ def test_survey_tells_changed_em_and_counts_valid_voxels(tmp_path: Path, ngff: W
     (tmp_path / "em/s0/0/0/0").unlink()
     histogram = EMVolume(tmp_path / "em", box, max_upsample=2, reach=(4, 4, 4)).survey().histogram
     assert histogram.sum() == 16**3 - 8**3
+
+
+def test_survey_is_kept_while_the_files_are_the_same(
+    tmp_path: Path, ngff: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = noise((32, 32, 32))
+    em = Lattice((8, 8, 8), (0, 0, 0), image.shape)
+    ngff(tmp_path / "em", image, em.voxel_nm, em.translation_nm, chunks=(16,) * 3)
+    kept, box = tmp_path / "survey.json", em.window((0, 0, 0), (16, 16, 16))
+    reads = []
+    read_all = EMVolume._read_all
+    monkeypatch.setattr(EMVolume, "_read_all", lambda self: reads.append(1) or read_all(self))
+
+    def surveyed(lattice: Lattice = box, reach: Any = (4, 4, 4)) -> volumes.Survey:
+        return EMVolume(tmp_path / "em", lattice, max_upsample=2, reach=reach).survey(kept)
+
+    first = surveyed()
+    (tmp_path / f".partial-1234-{kept.name}").write_text("half")
+    again = surveyed()
+    assert (len(reads), again.digest) == (1, first.digest)
+    np.testing.assert_array_equal(again.histogram, first.histogram)
+    assert not list(tmp_path.glob(".partial-*"))
+    (tmp_path / "em/s0/0/0/0").touch()
+    assert surveyed().digest == first.digest and len(reads) == 2
+    (tmp_path / "em/s0/1/1/1").unlink()  # context
+    assert surveyed().digest != first.digest and len(reads) == 3
+    assert surveyed(em.window((1, 0, 0), (16, 16, 16))).digest != first.digest and len(reads) == 4
+    kept.write_text('{"listing": 3}')
+    surveyed()
+    assert len(reads) == 5
+
+
+def test_survey_of_damaged_em_names_it_and_is_not_kept(tmp_path: Path, ngff: Writer) -> None:
+    image = noise((80, 16, 16))
+    em = Lattice((8, 8, 8), (0, 0, 0), image.shape)
+    ngff(tmp_path / "em", image, em.voxel_nm, em.translation_nm, chunks=(16,) * 3)
+    (tmp_path / "em/s0/4/0/0").write_bytes(b"damaged")
+    volume = EMVolume(tmp_path / "em", em, max_upsample=2, reach=(4, 4, 4))
+    survey = volume.survey(tmp_path / "survey.json")
+    assert len(survey.damaged) == 1 and "s0/4/0/0: damaged chunk" in survey.damaged[0]
+    np.testing.assert_array_equal(survey.histogram, np.bincount(image[:64].ravel(), minlength=256))
+    assert not (tmp_path / "survey.json").exists()
+    check_survey(survey, volume.path)
+    for chunk in (tmp_path / "em/s0").glob("*/0/0"):
+        chunk.write_bytes(b"damaged")
+    with pytest.raises(DataError, match="damaged chunk"):
+        check_survey(volume.survey(), volume.path)
+
+
+def test_slices_across_all_axes_use_context_on_all_of_them() -> None:
+    assert reach_of([1, 64, 32], "all") == (64, 64, 64)
+    assert reach_of([1, 64, 32], "z") == (1, 64, 32)
+    assert reach_of([16, 64, 32], "all") == (16, 64, 32)
 
 
 @pytest.mark.parametrize("grid_nm", [8, 12])

@@ -32,6 +32,8 @@ SOURCES = [*MODELS, "ensemble"]
 SHARDS = range(CONFIG.shards)
 FOLDS = CONFIG.folds.run
 VALIDATED_FOLDS = CONFIG.folds.validated
+# without validation crops there is nothing to tune on
+TUNED = CONFIG.segment["tune"] and bool(VALIDATED_FOLDS)
 
 
 wildcard_constraints:
@@ -131,7 +133,11 @@ def fetched():
 def volumes_of(wildcards):
     """Return what says which volumes a prediction is about: the fold's crops, or the table of volumes."""
     if wildcards.subset == "test":
-        return {"volumes_csv": volumes_table(wildcards)}
+        # the plan refuses what would take too many voxels before any GPU is asked for
+        return {
+            "volumes_csv": volumes_table(wildcards),
+            "plan": rules.prediction_plan.output.table,
+        }
     grid = model_of(wildcards).grid
     return {
         "quality_csv": f"results/quality/{grid}/crops.csv",
@@ -169,12 +175,34 @@ def members_of(wildcards):
     ]
 
 
+def weighing_scores(wildcards):
+    """Return the validation scores that weigh an ensemble's models, none where all count the same."""
+    policy = CONFIG.ensemble["policy"]
+    if policy == "mean":
+        return []
+    if not VALIDATED_FOLDS:
+        refuse(
+            f"ensemble.policy is {policy}, but folds.run trains no fold that has validation crops to weigh the models"
+            " by; use mean, or add a fold to folds.run"
+        )
+    return expand(rules.evaluate.output.scores, source=MODELS, fold=VALIDATED_FOLDS)
+
+
+def probabilities(source, folds, subset):
+    """Return the predictions of some folds by a model, or of the ensemble."""
+    if source == "ensemble":
+        return expand(rules.ensemble.output.index, subset=subset, fold=folds)
+    return predictions(source, folds, subset)(None)
+
+
 def probabilities_of(wildcards):
     """Return the predictions that a segmentation begins with."""
-    source, fold, subset = wildcards.source, wildcards.fold, wildcards.subset
-    if source == "ensemble":
-        return expand(rules.ensemble.output.index, subset=subset, fold=fold)
-    return predictions(source, [fold], subset)(wildcards)
+    return probabilities(wildcards.source, [wildcards.fold], wildcards.subset)
+
+
+def validation_probabilities(wildcards):
+    """Return the predictions of all validation crops, on which a source is tuned."""
+    return probabilities(wildcards.source, VALIDATED_FOLDS, "validation")
 
 
 def everything(wildcards):
@@ -186,6 +214,8 @@ def everything(wildcards):
     if VALIDATED_FOLDS:
         targets += [*rules.compare.output]
         targets += expand(rules.predictions_page.output, fold=VALIDATED_FOLDS)
+    if TUNED:
+        targets += rules.tuning_page.output
     if CONFIG.data.volumes:
         targets += [*rules.submission.output, *rules.submission_page.output]
     else:

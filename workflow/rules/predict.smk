@@ -1,3 +1,22 @@
+rule prediction_plan:
+    input:
+        volumes=volumes_table,
+    output:
+        # which grid serves which class of which volume; and, apart from it, what that takes of each model
+        table="results/predict/plan.csv",
+        models="results/predict/plan_models.csv",
+    log:
+        "logs/prediction_plan.log",
+    localrule: True
+    conda:
+        "../envs/cellmap_pipe.yaml"
+    params:
+        settings=canonical_json(CONFIG.plan_settings()),
+        version=CONFIG.version("prediction_plan"),
+    script:
+        "../scripts/prediction_plan.py"
+
+
 rule predict:
     input:
         unpack(volumes_of),
@@ -28,6 +47,7 @@ rule predict:
 rule ensemble:
     input:
         members=members_of,
+        scores=weighing_scores,
     output:
         index="results/ensemble/{subset}/fold{fold}.json",
     log:
@@ -39,15 +59,42 @@ rule ensemble:
         mem_mb=lambda wc, attempt: 24000 * attempt,
         runtime=480,
     params:
+        settings=canonical_json(CONFIG.ensemble_settings()),
         version=CONFIG.version("ensemble"),
         store_dir="results/ensemble/{subset}/volumes_fold{fold}",
     script:
         "../scripts/ensemble.py"
 
 
+rule tune:
+    input:
+        probabilities=validation_probabilities,
+        crops=rules.crops.output.table,
+        # what they were made of is the truth
+        converted=expand(
+            rules.convert.output.index, grid=CONFIG.grids_in_use, shard=SHARDS
+        ),
+    output:
+        tuned="results/tune/{source}.json",
+    log:
+        "logs/tune/{source}.log",
+    conda:
+        "../envs/cellmap_pipe.yaml"
+    threads: 8
+    resources:
+        mem_mb=lambda wc, attempt: 48000 * attempt,
+        runtime=720,
+    params:
+        settings=canonical_json(CONFIG.tuning_settings()),
+        version=CONFIG.version("tune"),
+    script:
+        "../scripts/tune.py"
+
+
 rule segment:
     input:
         probabilities=probabilities_of,
+        tuned=rules.tune.output.tuned if TUNED else [],
     output:
         index="results/segment/{source}/fold{fold}/{subset}.json",
     log:

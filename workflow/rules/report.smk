@@ -120,6 +120,27 @@ rule compare:
         "../scripts/compare.py"
 
 
+rule tuning_page:
+    input:
+        tuned=expand(rules.tune.output.tuned, source=SOURCES),
+    output:
+        page=report(
+            "results/report/tuning.html",
+            category="Scores",
+            labels={"shows": "post-processing"},
+            caption="../report/tuning.rst",
+        ),
+    log:
+        "logs/report/tuning.log",
+    localrule: True
+    conda:
+        "../envs/cellmap_pipe.yaml"
+    params:
+        version=CONFIG.version("report"),
+    script:
+        "../scripts/tuning_page.py"
+
+
 rule predictions_page:
     input:
         scores=expand(rules.evaluate.output.scores, source=SOURCES, allow_missing=True),

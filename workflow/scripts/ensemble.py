@@ -1,5 +1,6 @@
 """Average the probabilities of several predictions."""
 
+import json
 from typing import TYPE_CHECKING
 
 from cellmap_pipe.log import job
@@ -14,4 +15,6 @@ with job(snakemake):
         snakemake.output.index,
         store_dir=snakemake.params.store_dir,
         workers=snakemake.threads,
+        scores=snakemake.input.get("scores", []),
+        **json.loads(snakemake.params.settings),
     )

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 from cellmap_pipe.log import job
 from cellmap_pipe.prediction.predict import predict_shard
 from cellmap_pipe.prediction.volumes import test_volumes, validation_volumes
+from cellmap_pipe.training.lease import assign_gpus
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
 inputs = dict(snakemake.input.items())
 weights = inputs.pop("weights")
+inputs.pop("plan", None)  # it is laid out before anything is predicted, no more
 data_root = snakemake.config["data"]["root"]
 list_volumes = {
     "validation": partial(validation_volumes, fold=snakemake.wildcards.fold),
@@ -20,6 +22,7 @@ list_volumes = {
 }[snakemake.wildcards.subset]
 
 with job(snakemake):
+    assign_gpus(snakemake.resources.gpu, {"rule": snakemake.rule, **dict(snakemake.wildcards.items())})
     predict_shard(
         weights,
         list_volumes(**inputs),

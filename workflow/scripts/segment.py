@@ -14,6 +14,8 @@ with job(snakemake):
         snakemake.input.probabilities,
         snakemake.output.index,
         store_dir=snakemake.params.store_dir,
+        settings=json.loads(snakemake.params.settings),
+        tuned=snakemake.input.get("tuned") or None,
         subset=snakemake.wildcards.subset,
-        **json.loads(snakemake.params.settings),
+        memory_gb=snakemake.resources.mem_mb / 1000,
     )

@@ -28,7 +28,9 @@ from cellmap_pipe.evaluation.tasks import run_tasks
 from cellmap_pipe.files import canonical_json, digest, file_digest, read_json, remove_partials, write_json, write_text
 from cellmap_pipe.geometry import Lattice, Shape3
 from cellmap_pipe.prediction.ensemble import ClassVolumes
-from cellmap_pipe.prediction.postprocess import Masks, objects_of, outputs_of
+from cellmap_pipe.prediction.instances import find_objects
+from cellmap_pipe.prediction.postprocess import Masks, outputs_of
+from cellmap_pipe.prediction.processing import Processing
 from cellmap_pipe.prediction.store import file_stem
 from cellmap_pipe.prepare.crops import read_crops
 from cellmap_pipe.prepare.em import valid_voxels
@@ -288,7 +290,8 @@ def _answer(task: CeilingTask, perfect: "PerfectPrediction", lattice: Lattice) -
     mask = partial(Masks(perfect, task.thresholds).union, task.parts)
     in_place = lattice.same_as(task.target)
     if is_instance(task.label):
-        whole, _ = objects_of(mask, task.target, 1)
+        with find_objects(mask, task.target, Processing()) as objects:
+            whole = objects.ids(0, task.target.shape[0])
     elif in_place:
         return partial(_planes, mask, lattice)
     else:

@@ -20,6 +20,9 @@ import numpy as np
 from cellmap_pipe.errors import DataError
 from cellmap_pipe.files import digest, file_digest, read_json
 
+# The array of an OME-NGFF image of one resolution, in our segmentations
+MASK_ARRAY = "s0"
+
 
 class Container(ABC):
     """The files of a submission by name, `/` between folders; see `open_container`."""
@@ -92,6 +95,16 @@ class FolderContainer(Container):
                 yield from self.files(inner)
             else:
                 yield inner, path.stat().st_size
+
+
+class Segmentations(FolderContainer):
+    """Our own segmentations: a class is an OME-NGFF image, whose one array lies in the group of its name."""
+
+    def labels(self, crop: str) -> list[str]:
+        return [name for name in self.children(crop) if self.read(f"{crop}/{name}/{MASK_ARRAY}/.zarray") is not None]
+
+    def array(self, crop: str, label: str) -> "ChunkedArray | None":
+        return super().array(crop, f"{label}/{MASK_ARRAY}")
 
 
 class ZipContainer(Container):
@@ -292,11 +305,11 @@ def _zip(path: Path) -> ZipContainer:
     return ZipContainer(str(path), archive, prefixes.pop() if prefixes else "")
 
 
-def _segmentations(path: Path) -> FolderContainer:
+def _segmentations(path: Path) -> Segmentations:
     records = read_json(path, "write it again with -R segment").get("records", [])
     roots = {
         record["name"].rpartition("/")[2]: path.parent / record["path"]
         for record in records
         if record.get("status") == "ok"
     }
-    return FolderContainer(str(path), path.parent, roots)
+    return Segmentations(str(path), path.parent, roots)

@@ -22,7 +22,7 @@ from cellmap_pipe.evaluation.challenge import (
     bootstrap,
     missing_label,
 )
-from cellmap_pipe.evaluation.container import ChunkedArray, FolderContainer
+from cellmap_pipe.evaluation.container import ChunkedArray, Segmentations
 from cellmap_pipe.evaluation.inputs import check_truth, slabs
 from cellmap_pipe.evaluation.instance import score_instance
 from cellmap_pipe.evaluation.rules import PORTAL_NOTE, Rules, get_rules
@@ -199,7 +199,7 @@ def _score(task: CropTask) -> CropScore:
 
     pred = None
     if task.segmentation is not None:
-        pred = FolderContainer(task.segmentation, Path(task.segmentation)).array("", task.label)
+        pred = Segmentations(task.segmentation, Path(task.segmentation)).array("", task.label)
     by_rules = {
         name: _aligned(pred, task.label, lattice, get_rules(name)) for name in dict.fromkeys((task.rules, CLEAN))
     }

@@ -88,6 +88,8 @@ def _components(pred: np.ndarray) -> tuple[np.ndarray, int]:
     """Return the components of the prediction, numbered in the evaluator's order, and their number."""
     if pred.dtype == np.float16:
         pred = pred.astype(np.float32)
+    elif pred.dtype == bool:
+        pred = pred.view(np.uint8)  # cc3d 4.1 fails on some thin masks of type bool
     components, n = cc3d.connected_components(_contiguous(pred), return_N=True)
     return _contiguous(components), int(n)
 

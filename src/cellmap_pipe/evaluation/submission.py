@@ -17,7 +17,7 @@ import numpy as np
 from cellmap_pipe.classes import CLASSES, derivable, parts_of
 from cellmap_pipe.errors import ContractError, DataError
 from cellmap_pipe.evaluation.alignment import is_instance, match_geometry
-from cellmap_pipe.evaluation.container import ChunkedArray, FolderContainer
+from cellmap_pipe.evaluation.container import ChunkedArray, Segmentations
 from cellmap_pipe.evaluation.flight import Problem, as_json, check, validate
 from cellmap_pipe.evaluation.manifest import ManifestRow, crops_without_geometry, read_manifest
 from cellmap_pipe.evaluation.rules import PORTAL_NOTE, get_rules
@@ -52,7 +52,8 @@ def pack(
     `classes` and whatever else was segmented. Rows without a segmentation are zeros; a row without geometry takes that
     of its volume, and is left out, as a problem, if no volume has one. Groups that were not segmented are
     formed from their parts where these make them up.
-    The report: problems and warnings (lines), rows, zero_rows (no voxel set), not_predicted, sha256, size, rules, note.
+    The report: problems and warnings (lines), rows, zero_rows (no voxel set), not_predicted, approximate (rows of
+    groups that lack some of their parts: these), sha256, size, rules, note.
     Raises ContractError if a segmentation is not what its JSON says.
     """
     segmentations = _segmentations(Path(segment_json))
@@ -66,6 +67,7 @@ def pack(
         for crop in sorted(crops_without_geometry(volumes_csv) - set(boxes))
     ]
     zero_rows, not_predicted = [], []
+    approximate: dict[str, list[str]] = {}
     with (
         replacing(out_zip) as partial,
         zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
@@ -80,6 +82,8 @@ def pack(
             read, dtype = _source(segmentations.get(row.crop), row)
             if read is None:
                 not_predicted.append(name)
+            elif lacking := segmentations[row.crop].get("approximate", {}).get(row.label):
+                approximate[name] = lacking
             if not _write_array(archive, pool, row, read, dtype):
                 zero_rows.append(name)
         logger.info("%s: %d arrays, %d of them empty", out_zip, len(rows), len(zero_rows))
@@ -93,6 +97,7 @@ def pack(
             "rows": len(rows),
             "zero_rows": zero_rows,
             "not_predicted": not_predicted,
+            "approximate": approximate,
             "sha256": file_digest(out_zip),
             "size": Path(out_zip).stat().st_size,
             "rules": rules,
@@ -134,7 +139,7 @@ def _source(record: Mapping[str, Any] | None, row: ManifestRow) -> tuple[Read | 
     dtype = np.dtype(np.uint16 if instance else np.uint8)
     if record is None or (row.dataset and record["dataset"] != row.dataset):
         return None, dtype
-    container = FolderContainer(str(record["folder"]), record["folder"])
+    container = Segmentations(str(record["folder"]), record["folder"])
     array = container.array("", row.label) if row.label in record["classes"] else None
     if row.label in record["classes"] and array is None:
         raise ContractError(f"{record['folder']}/{row.label}: missing; run again with -R segment")

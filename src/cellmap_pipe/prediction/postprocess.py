@@ -1,29 +1,42 @@
 """From probabilities to what is asked for: masks, groups and instances on the target voxels of each volume."""
 
 import logging
-import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import cc3d
+import numcodecs
 import numpy as np
 import zarr
 
-from cellmap_pipe.classes import derivable, get_class, parts_of
+from cellmap_pipe.classes import CLASSES, get_class, parts_of
 from cellmap_pipe.config import RESULT_VERSIONS
-from cellmap_pipe.errors import ContractError
+from cellmap_pipe.errors import CellmapError, ContractError
 from cellmap_pipe.files import digest, read_json, remove_partials, replacing, write_json
-from cellmap_pipe.geometry import Lattice
-from cellmap_pipe.prediction.ensemble import ClassVolumes, Probabilities, Record, read_records
-from cellmap_pipe.prediction.store import create_mask, file_stem, remove_unlisted
+from cellmap_pipe.geometry import Lattice, Shape3, shape3
+from cellmap_pipe.machine import usable_gb
+from cellmap_pipe.prediction.ensemble import ClassVolumes, Probabilities, Record, pieces, read_records
+from cellmap_pipe.prediction.hierarchy import repair
+from cellmap_pipe.prediction.instances import find_objects, smallest_object
+from cellmap_pipe.prediction.masks import CHUNK, create_labels, create_mask
+from cellmap_pipe.prediction.plan import Box
+from cellmap_pipe.prediction.processing import Choice, Processing, configured, read_tuned
+from cellmap_pipe.prediction.store import file_stem, remove_unlisted
 
 logger = logging.getLogger(__name__)
 
-# Planes of the target that are resampled and written at a time: one layer of chunks.
-SLAB = 64
+# What is held of a piece of the volume while its masks are made: values of classes, masks
+PIECE_BYTES = 1 << 28
+
+# What the interpreter and a slab to be written take beside the search for objects (measured: 0.3)
+RESERVED_GB = 0.5
+
+SCRATCH_CHUNK: Shape3 = (16, 256, 256)
 
 
 def segment(
@@ -31,46 +44,52 @@ def segment(
     out_json: str | Path,
     *,
     store_dir: str | Path,
-    thresholds: Mapping[str, float],
-    min_size_nm3: Mapping[str, float],
-    derive: Sequence[str],
+    settings: Mapping[str, Any],
     subset: str,
-    revision: int = 0,
+    tuned: str | Path | None = None,
+    memory_gb: float | None = None,
 ) -> None:
     """Write the masks and instances of every predicted volume, then the JSON that lists them.
 
-    thresholds: by class, "default" for the others; a voxel belongs to a class where its probability is higher.
-    min_size_nm3: by class; connected objects that are smaller are removed. derive: groups that are formed as the union
-    of the classes inside them; one that these do not make up is left out and named in the record.
-    Arrays `{class}` of each volume lie on its target lattice: 0/1 for semantic classes, ids 1, 2, ... of 26-connected
-    components for instance classes. Memory: slabs, and for one instance class at a time the whole volume (9 bytes per
-    voxel). A volume that is done already is not done again, unless by another `revision`.
-    Raises ContractError naming a prediction that is not what its JSON says.
+    settings: `Config.segmentation_settings()`: threshold, thresholds, hole_nm3, split_nm and min_size_nm3 (see
+    processing.Processing; those of classes that tuning chose are replaced), derive, repair and revision.
+    tuned: what `tuning.tune` wrote; each volume is processed as it says, and repaired if `repair` is "auto" and it says
+    so. derive: groups that are formed as the union of the predicted classes inside them, at the thresholds of these or,
+    where it has one, at its own; one that lacks atoms is listed under `approximate` of the record with their names, one
+    without any predicted class under `not_derived`.
+    Array `{class}/s0` of each volume lies on its target lattice: 0/1 for semantic classes, ids 1, 2, ... for instance
+    classes; see masks.py. memory_gb: all that the process may take, at most what `machine.usable_gb` says (None: that);
+    a volume whose objects take more is searched in slabs, to the same result.
+    A volume that is done already is not done again, unless by another `revision`. One whose prediction is not what its
+    JSON says is named by ContractError after all others are done.
     """
     out_json, folder = Path(out_json), Path(store_dir)
     folder.mkdir(parents=True, exist_ok=True)
     predictions = read_records(predict_jsons)
     remove_partials(folder)
     remove_unlisted(folder, predictions)
-    settings = {
-        "version": RESULT_VERSIONS["segment"],
-        "thresholds": dict(thresholds),
-        "min_size_nm3": dict(min_size_nm3),
-        "derive": list(derive),
-        "revision": revision,
-    }
-    records = []
+    found = None if tuned is None else read_tuned(tuned)
+    records, faults = [], []
     for name, members in sorted(predictions.items()):
         predicted = [member for member in members if member["status"] == "ok"]
         if len(predicted) > 1:
             raise ContractError(f"{name}: predicted {len(predicted)} times in {[str(p) for p in predict_jsons]}")
-        if predicted:
-            record = _segment_volume(predicted[0], folder, settings)
-            record["path"] = os.path.relpath(folder / record["path"], out_json.parent)
-        else:
+        if not predicted:
             record = {key: members[0][key] for key in ("name", "dataset", "target", "status", "cause", "path")}
-            record |= {"classes": [], "objects": {}, "not_derived": {}, "fingerprint": None}
-        records.append(record)
+            record |= {"classes": [], "objects": {}, "not_derived": {}, "approximate": {}, "fingerprint": None}
+            records.append(record)
+            continue
+        try:
+            plan = _plan(predicted[0]["classes"], settings, found.choice(name) if found else Choice())
+            record = _segment_volume(predicted[0], folder, plan, settings["revision"], memory_gb)
+        except CellmapError as error:
+            logger.exception("%s failed", name)
+            faults.append(str(error))
+            continue
+        records.append({**record, "path": os.path.relpath(folder / record["path"], out_json.parent)})
+    if faults:
+        raise ContractError(f"{len(faults)} of {len(predictions)} volumes failed: {'; '.join(faults)}")
+    _warn_of_groups(records)
     sources = [read_json(path) for path in predict_jsons]
     write_json(
         out_json,
@@ -83,124 +102,250 @@ def segment(
     )
 
 
-def _segment_volume(prediction: Record, folder: Path, settings: Mapping[str, Any]) -> Record:
+def _warn_of_groups(records: Sequence[Record]) -> None:
+    """Log each group that is not all there, or not at all, with the number of volumes."""
+    causes = Counter(
+        [
+            (name, f"is approximate, without {', '.join(lacking)}")
+            for r in records
+            for name, lacking in r["approximate"].items()
+        ]
+        + [(name, f"is left out: {cause}") for r in records for name, cause in r["not_derived"].items()]
+    )
+    for (name, cause), volumes in sorted(causes.items()):
+        logger.warning("group %s %s (%d of %d volumes)", name, cause, volumes, len(records))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is made of a volume. parts: the predicted classes that make up each output.
+
+    thresholds: of the predicted classes. own: groups that are thresholded at their own processing's threshold.
+    """
+
+    classes: Sequence[str]
+    parts: Mapping[str, Sequence[str]]
+    thresholds: Mapping[str, float]
+    processing: Mapping[str, Processing]
+    own: frozenset[str]
+    repaired: bool
+    approximate: Mapping[str, list[str]]
+    not_derived: Mapping[str, str]
+
+    def described(self) -> dict[str, dict[str, Any]]:
+        """Return how each output is made, as its record tells it; a union of parts at theirs has no threshold."""
+        return {
+            name: {
+                **self.processing[name].to_dict(),
+                "threshold": self.processing[name].threshold if name in {*self.classes, *self.own} else None,
+                "parts": list(parts),
+            }
+            for name, parts in self.parts.items()
+        }
+
+    def masks(self, values: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the masks (bool) of all outputs in one piece. values: gives 255 p of a class there."""
+        made: dict[str, np.ndarray] = {}
+        kept: dict[str, np.ndarray] = {}
+        for name in self.classes:
+            value = values(name)
+            for group in self.own:
+                if name in self.parts[group]:
+                    mask = above(value, self.processing[group].threshold)
+                    made[group] = mask | made[group] if group in made else mask
+            if self.repaired:
+                kept[name] = value
+            else:
+                made[name] = above(value, self.thresholds[name])
+        if self.repaired:
+            made |= repair(kept, self.thresholds)
+        for group, names in self.parts.items():
+            if group not in made:
+                made[group] = np.logical_or.reduce([made[name] for name in names])
+        return made
+
+
+def _plan(classes: Sequence[str], settings: Mapping[str, Any], choice: Choice) -> _Plan:
+    parts, not_derived = outputs_of(classes, settings["derive"])
+    processing = {name: choice.processing.get(name) or configured(name, settings) for name in parts}
+    return _Plan(
+        classes=list(classes),
+        parts=parts,
+        thresholds={name: processing[name].threshold for name in classes},
+        processing=processing,
+        own=frozenset(
+            name
+            for name in parts
+            if name not in classes and (name in choice.processing or name in settings["thresholds"])
+        ),
+        repaired=choice.repair if settings["repair"] == "auto" else bool(settings["repair"]),
+        approximate={name: lacking for name, names in parts.items() if (lacking := missing_atoms(name, names))},
+        not_derived=not_derived,
+    )
+
+
+def _segment_volume(prediction: Record, folder: Path, plan: _Plan, revision: int, memory_gb: float | None) -> Record:
     """Write the arrays of one volume unless they are there already; return its record, with the path in `folder`."""
     store = folder / f"{file_stem(prediction['name'])}.zarr"
     sidecar = store.with_suffix(".json")
     target = Lattice.from_dict(prediction["target"])
-    parts, not_derived = outputs_of(prediction["classes"], settings["derive"])
-    fingerprint = digest({"prediction": prediction["fingerprint"], "target": prediction["target"], **settings})
+    fingerprint = digest(
+        {
+            "version": RESULT_VERSIONS["segment"],
+            "revision": revision,
+            "prediction": prediction["fingerprint"],
+            "target": prediction["target"],
+            "processing": plan.described(),
+            "repair": plan.repaired,
+            "not_derived": plan.not_derived,
+        }
+    )
     if store.is_dir() and sidecar.is_file() and read_json(sidecar)["fingerprint"] == fingerprint:
         return dict(read_json(sidecar))
-    for name, cause in not_derived.items():
-        logger.warning("%s: group %s is left out: %s", prediction["name"], name, cause)
-    masks = Masks(Probabilities(prediction, target), settings["thresholds"])
-    smallest = {
-        name: math.ceil(settings["min_size_nm3"].get(name, 0) / math.prod(target.voxel_nm) - 1e-6) for name in parts
-    }
-    plain = [name for name in parts if not get_class(name).instance and smallest[name] <= 1]
+    whole = [name for name in plan.parts if _needs_objects(name, plan.processing[name], target)]
+    marks = {name: {"approximate": lacking} for name, lacking in plan.approximate.items()}
     objects = {}
-    with replacing(store) as temporary:
-        group = zarr.create_group(str(temporary), zarr_format=2)
-        arrays = {name: create_mask(group, name, "uint8", target) for name in plain}
-        for first, last in _slabs(target.shape[0]):
-            made: dict[str, np.ndarray] = {}
-            for name in plain:
-                arrays[name][first:last] = masks.union(parts[name], first, last, made)
-        for name in parts:
-            if name not in plain:
-                labels, count = objects_of(partial(masks.union, parts[name]), target, smallest[name])
-                instance = get_class(name).instance
-                if instance:
-                    objects[name] = count
-                array = create_mask(group, name, str(labels.dtype) if instance else "uint8", target)
+    with (
+        replacing(store) as temporary,
+        TemporaryDirectory(
+            prefix=".partial-", dir=folder
+        ) as scratch,  # of a killed job `remove_partials` knows it by that
+    ):
+        group = create_labels(temporary, list(plan.parts), {"fingerprint": fingerprint})
+        arrays = {
+            name: _scratch(Path(scratch) / name, target)
+            if name in whole
+            else create_mask(group, name, target, notes=marks.get(name))
+            for name in plan.parts
+        }
+        _write_masks(Probabilities(prediction, target), target, plan, arrays)
+        for name in whole:
+            instance = get_class(name).instance
+            with find_objects(
+                partial(_planes, arrays[name]),
+                target,
+                plan.processing[name],
+                instance=instance,
+                memory_gb=_left_for_objects(memory_gb),
+                scratch=scratch,
+            ) as found:
+                count = found.count if instance else None
+                dtype = str(np.dtype(found.dtype)) if instance else "uint8"
+                array = create_mask(group, name, target, dtype=dtype, objects=count, notes=marks.get(name))
                 for first, last in _slabs(target.shape[0]):
-                    array[first:last] = labels[first:last] if instance else labels[first:last] > 0
+                    array[first:last] = found.ids(first, last) if instance else found.mask(first, last)
+                if count is not None:
+                    objects[name] = count
     record = {
         "name": prediction["name"],
         "dataset": prediction["dataset"],
         "path": store.name,
         "target": prediction["target"],
-        "classes": list(parts),
+        "classes": list(plan.parts),
         "objects": objects,
-        "not_derived": not_derived,
+        "processing": plan.described(),
+        "repair": plan.repaired,
+        "approximate": dict(plan.approximate),
+        "not_derived": dict(plan.not_derived),
         "fingerprint": fingerprint,
         "status": "ok",
         "cause": "",
     }
     write_json(sidecar, record)
-    logger.info("%s: %d classes on %s voxels", prediction["name"], len(parts), target.shape)
+    logger.info("%s: %d classes on %s voxels", prediction["name"], len(plan.parts), target.shape)
     return record
+
+
+def _left_for_objects(memory_gb: float | None) -> float:
+    total = usable_gb(memory_gb)
+    return max(total - RESERVED_GB, total / 2)
+
+
+def _needs_objects(name: str, how: Processing, target: Lattice) -> bool:
+    """Return whether one piece of the volume does not tell what becomes of the class there."""
+    pockets, smallest = (smallest_object(size, target.voxel_nm) for size in (how.hole_nm3, how.min_size_nm3))
+    return get_class(name).instance or pockets > 1 or smallest > 1
+
+
+def _write_masks(
+    probabilities: ClassVolumes, target: Lattice, plan: _Plan, arrays: Mapping[str, "zarr.Array[Any]"]
+) -> None:
+    """Write the masks of all outputs piece by piece; every class is resampled once."""
+    values = 4 * (len(plan.classes) if plan.repaired else 3)  # float32; without repair two more while one is resampled
+    voxels = PIECE_BYTES // (values + len(plan.parts))
+    for box in pieces(target.shape, CHUNK, voxels):
+        z, y, x = (slice(lo, hi) for lo, hi in zip(*box, strict=True))
+        masks = plan.masks(partial(_piece, probabilities, box))
+        for name, array in arrays.items():
+            array[z, y, x] = masks[name]
+
+
+def _piece(probabilities: ClassVolumes, box: Box, name: str) -> np.ndarray:
+    return probabilities.piece(name, box)
+
+
+def _scratch(path: Path, lattice: Lattice) -> "zarr.Array[Any]":
+    """Return a new array for a mask that is needed only until its objects are found."""
+    return zarr.create_array(
+        str(path),
+        shape=lattice.shape,
+        chunks=shape3([min(n, c) for n, c in zip(lattice.shape, SCRATCH_CHUNK, strict=True)]),
+        dtype="bool",
+        compressors=numcodecs.Blosc("lz4", 1, numcodecs.Blosc.NOSHUFFLE),
+        zarr_format=2,
+    )
+
+
+def _planes(array: "zarr.Array[Any]", first: int, last: int) -> np.ndarray:
+    return np.asarray(array[first:last])
+
+
+def _slabs(planes: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, planes, CHUNK[0]):
+        yield first, min(first + CHUNK[0], planes)
+
+
+def above(values: np.ndarray, threshold: float) -> np.ndarray:
+    """Return where 255 p is above 255 times the threshold, bool."""
+    return np.asarray(values > np.float32(255 * threshold))
 
 
 def outputs_of(classes: Sequence[str], derive: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Return the classes that make up each array to be written, and why some groups of `derive` cannot be.
 
-    A group that was predicted itself is taken as it is.
+    A group that was predicted itself is taken as it is. Others are the union of the classes inside them, also of some
+    that are not all of it: `missing_atoms` tells.
     """
     parts = {name: [name] for name in classes}
     impossible = {}
     for group in derive:
         if group in parts:
             continue
-        if derivable(group, classes):
-            parts[group] = parts_of(group, classes)
+        inside = parts_of(group, classes)
+        if inside:
+            parts[group] = inside
         else:
-            impossible[group] = (
-                f"the predicted classes inside it ({', '.join(parts_of(group, classes)) or 'none'}) are not all of it"
-            )
+            impossible[group] = "none of the predicted classes lies inside it"
     return parts, impossible
+
+
+def missing_atoms(group: str, parts: Sequence[str]) -> list[str]:
+    """Return the atoms of `group` that are in none of `parts`."""
+    lacking = get_class(group).atoms.difference(*(get_class(name).atoms for name in parts))
+    return [name for name, entry in CLASSES.items() if entry.is_atom and entry.id in lacking]
 
 
 class Masks:
     """Thresholded probabilities on the target lattice."""
 
     def __init__(self, probabilities: ClassVolumes, thresholds: Mapping[str, float]) -> None:
+        """thresholds: by class, "default" for the others."""
         self._probabilities, self._thresholds = probabilities, thresholds
 
-    def union(
-        self, names: Sequence[str], first: int, last: int, made: dict[str, np.ndarray] | None = None
-    ) -> np.ndarray:
-        """Return where any of the classes is on the planes [first, last), bool (z, y, x).
-
-        made: masks of single classes on these planes, used and added to.
-        """
-        made = {} if made is None else made
+    def union(self, names: Sequence[str], first: int, last: int) -> np.ndarray:
+        """Return where any of the classes is on the planes [first, last), bool (z, y, x)."""
+        union = np.asarray(False)
         for name in names:
-            if name not in made:
-                threshold = self._thresholds.get(name, self._thresholds["default"])
-                made[name] = self._probabilities.slab(name, first, last) > 255 * threshold
-        union = made[names[0]].copy()
-        for name in names[1:]:
-            union |= made[name]
+            threshold = self._thresholds.get(name, self._thresholds["default"])
+            union = union | above(self._probabilities.slab(name, first, last), threshold)
         return union
-
-
-def _slabs(planes: int) -> Iterator[tuple[int, int]]:
-    for first in range(0, planes, SLAB):
-        yield first, min(first + SLAB, planes)
-
-
-def objects_of(mask: Callable[[int, int], np.ndarray], target: Lattice, smallest: int) -> tuple[np.ndarray, int]:
-    """Return the 26-connected components of at least `smallest` voxels, numbered 1, 2, ..., and how many there are.
-
-    mask: gives the planes [first, last) as bool. The ids are uint16 if they fit, else uint32. Connectivity is that of
-    the challenge's scorer (CHALLENGE section 4.3).
-    """
-    whole = np.empty(target.shape, bool)
-    for first, last in _slabs(target.shape[0]):
-        whole[first:last] = mask(first, last)
-    labels, found = cc3d.connected_components(whole, connectivity=26, return_N=True, out_dtype=np.uint32)
-    del whole
-    sizes = np.zeros(found + 1, np.int64)
-    for first, last in _slabs(target.shape[0]):
-        sizes += np.bincount(labels[first:last].ravel(), minlength=found + 1)
-    kept = sizes >= max(1, smallest)
-    kept[0] = False
-    count = int(kept.sum())
-    dtype = np.uint16 if count <= np.iinfo(np.uint16).max else np.uint32
-    ids = np.where(kept, np.cumsum(kept), 0).astype(dtype)
-    result = np.empty(target.shape, dtype)
-    for first, last in _slabs(target.shape[0]):
-        result[first:last] = ids[labels[first:last]]
-    return result, count

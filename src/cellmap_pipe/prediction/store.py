@@ -1,31 +1,34 @@
 """Class probabilities on disk: one OME-Zarr per volume, and the record of each block that is finished.
 
-`{volume}.zarr` is a zarr v2 group with OME-NGFF 0.4 metadata; its array `s0` holds uint8 probabilities (c, z, y, x),
-255 p. `{volume}.blocks/` beside it holds one small JSON file per finished block; a block counts only if the fingerprint
-in it is the one that the store was made with.
+`{volume}-{fingerprint}.zarr` is a zarr v2 group with OME-NGFF 0.4 metadata; its array `s0` holds probabilities
+(c, z, y, x), see `plan.OUTPUTS`. `{volume}-{fingerprint}.blocks/` beside it holds one small JSON file per finished
+block. Several jobs may write one store: each its own planes.
 """
 
 import logging
+import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numcodecs
 import zarr
 
 from cellmap_pipe.colours import colour_of
 from cellmap_pipe.errors import ContractError
-from cellmap_pipe.files import read_json, remove_partials, replacing, write_json
+from cellmap_pipe.files import read_json, write_json
 from cellmap_pipe.geometry import Lattice, Shape3, shape3
+from cellmap_pipe.prediction.plan import OUTPUTS, Box
 
 logger = logging.getLogger(__name__)
 
 ARRAY = "s0"
 CHUNK: Shape3 = (64, 128, 128)
 
-Box = tuple[Shape3, Shape3]
+_STORE = re.compile(r"(.+)-([0-9a-f]{12})")
 
 
 def file_stem(volume: str) -> str:
@@ -33,23 +36,44 @@ def file_stem(volume: str) -> str:
     return volume.replace("/", "_")
 
 
-def remove_unlisted(folder: Path, volumes: Iterable[str], owned: Callable[[str], bool] = lambda stem: True) -> None:
-    """Delete the stores in `folder`, with what lies beside them, of volumes that are not among `volumes`.
-
-    owned: of a store's name without suffix, whether it may be deleted by the caller.
-    """
+def remove_unlisted(folder: Path, volumes: Iterable[str]) -> None:
+    """Delete the stores in `folder`, with what lies beside them, of volumes that are not among `volumes`."""
     listed = {file_stem(volume) for volume in volumes}
     for store in folder.glob("*.zarr"):
-        if store.name.startswith(".") or store.stem in listed or not owned(store.stem):
-            continue
-        logger.info("%s: not listed any more, deleted", store)
-        store.with_suffix(".json").unlink(missing_ok=True)
-        shutil.rmtree(store.with_suffix(".blocks"), ignore_errors=True)
-        shutil.rmtree(store, ignore_errors=True)
+        if not store.name.startswith(".") and store.stem not in listed:
+            _remove(store)
 
 
-def ngff_attributes(name: str, lattice: Lattice, classes: Sequence[str]) -> dict[str, Any]:
+def remove_outdated(folder: Path, volume: str, fingerprint: str) -> None:
+    """Delete the stores of one volume that are not of this fingerprint."""
+    for store in folder.glob(f"{file_stem(volume)}-*.zarr"):
+        match = _STORE.fullmatch(store.stem)
+        if match and match[1] == file_stem(volume) and match[2] != fingerprint[:12]:
+            _remove(store)
+
+
+def remove_other_volumes(folder: Path, volumes: Iterable[str]) -> None:
+    """Delete the stores and surveys in `folder` of volumes that are not among `volumes`, of whatever fingerprint."""
+    listed = {file_stem(volume) for volume in volumes}
+    for store in folder.glob("*.zarr"):
+        match = _STORE.fullmatch(store.stem)
+        if not store.name.startswith(".") and (match is None or match[1] not in listed):
+            _remove(store)
+    for survey in folder.glob("*.survey.json"):
+        if not survey.name.startswith(".") and survey.name.removesuffix(".survey.json") not in listed:
+            survey.unlink(missing_ok=True)
+
+
+def _remove(store: Path) -> None:
+    logger.info("%s: not listed any more, deleted", store)
+    store.with_suffix(".json").unlink(missing_ok=True)
+    shutil.rmtree(store.with_suffix(".blocks"), ignore_errors=True)
+    shutil.rmtree(store, ignore_errors=True)
+
+
+def ngff_attributes(name: str, lattice: Lattice, classes: Sequence[str], output: str = "uint8") -> dict[str, Any]:
     """Return the OME-NGFF 0.4 metadata of probabilities on `lattice`: axes, scale, translation, names, colours."""
+    highest = 1 if OUTPUTS[output].kind == "f" else 255
     axes = [{"name": "c", "type": "channel"}]
     axes += [{"name": axis, "type": "space", "unit": "nanometer"} for axis in "zyx"]
     transformations = [
@@ -73,7 +97,7 @@ def ngff_attributes(name: str, lattice: Lattice, classes: Sequence[str]) -> dict
                     "label": label,
                     "color": colour_of(label).removeprefix("#"),
                     "active": True,
-                    "window": {"min": 0, "max": 255, "start": 0, "end": 255},
+                    "window": {"min": 0, "max": highest, "start": 0, "end": highest},
                 }
                 for label in classes
             ],
@@ -81,22 +105,35 @@ def ngff_attributes(name: str, lattice: Lattice, classes: Sequence[str]) -> dict
     }
 
 
+def chunk_of(shape: Shape3) -> Shape3:
+    """Return the chunks (z, y, x) in which probabilities of a volume of `shape` are kept."""
+    return shape3([min(n, c) for n, c in zip(shape, CHUNK, strict=True)])
+
+
 def create_probabilities(
-    path: Path, name: str, lattice: Lattice, classes: Sequence[str], notes: Mapping[str, Any]
+    path: Path,
+    name: str,
+    lattice: Lattice,
+    classes: Sequence[str],
+    notes: Mapping[str, Any],
+    output: str = "uint8",
 ) -> "zarr.Array[Any]":
     """Write an empty store for `classes` on `lattice` to the folder `path` and return its array (c, z, y, x).
 
-    notes: what is kept under `cellmap_pipe` in its attributes.
+    notes: what is kept under `cellmap_pipe` in its attributes. output: see `plan.OUTPUTS`.
     """
-    group = zarr.create_group(
-        str(path), zarr_format=2, attributes={**ngff_attributes(name, lattice, classes), "cellmap_pipe": dict(notes)}
-    )
+    dtype = OUTPUTS[output]
+    attributes = {**ngff_attributes(name, lattice, classes, output), "cellmap_pipe": dict(notes)}
+    group = zarr.create_group(str(path), zarr_format=2, attributes=attributes)
     return group.create_array(
         ARRAY,
         shape=(len(classes), *lattice.shape),
-        chunks=(1, *(min(n, c) for n, c in zip(lattice.shape, CHUNK, strict=True))),
-        dtype="uint8",
-        compressors=numcodecs.Blosc("lz4", 1, numcodecs.Blosc.NOSHUFFLE),  # fast: probabilities hardly shrink further
+        chunks=(1, *chunk_of(lattice.shape)),
+        dtype=dtype,
+        # fast: probabilities hardly shrink further
+        compressors=numcodecs.Blosc(
+            "lz4", 1, numcodecs.Blosc.NOSHUFFLE if dtype.itemsize == 1 else numcodecs.Blosc.SHUFFLE
+        ),
         chunk_key_encoding={"name": "v2", "separator": "/"},
         fill_value=0,
     )
@@ -111,10 +148,10 @@ def open_probabilities(path: Path, remedy: str) -> "zarr.Array[Any]":
 
 
 class BlockStore:
-    """The store of one volume while blocks of it are being predicted.
+    """The store of one volume and fingerprint while blocks of it are being predicted, by this job and others.
 
-    An existing store of the same fingerprint is taken up where it was left; another one is made anew. The new one is
-    written under a temporary name, so that no job ever opens a store without its metadata.
+    An existing one is taken up where it was left. A new one is written under a temporary name, so that no job opens a
+    store without its metadata; of several jobs that make it at once, one gives it its name and all use it.
     """
 
     def __init__(
@@ -125,28 +162,56 @@ class BlockStore:
         classes: Sequence[str],
         fingerprint: str,
         notes: Mapping[str, Any],
+        output: str = "uint8",
     ) -> None:
-        self.path = folder / f"{file_stem(volume)}.zarr"
-        self._records = folder / f"{file_stem(volume)}.blocks"
+        self.path = folder / f"{file_stem(volume)}-{fingerprint[:12]}.zarr"
+        self._records = self.path.with_suffix(".blocks")
         self._fingerprint = fingerprint
-        for abandoned in folder.glob(f".partial-*-{self.path.name}"):
-            shutil.rmtree(abandoned, ignore_errors=True)
-        if self._fingerprint_on_disk() != fingerprint:
+        if self.path.exists() and not self._is_sound():
+            discarded = self._temporary()
+            self.path.rename(discarded)
             shutil.rmtree(self._records, ignore_errors=True)
-            with replacing(self.path) as partial:
-                create_probabilities(partial, volume, lattice, classes, {**notes, "fingerprint": fingerprint})
-        remove_partials(self._records)
-        for abandoned in (self.path / ARRAY).rglob("*.partial"):  # chunks that a killed job was writing
-            abandoned.unlink(missing_ok=True)
+            shutil.rmtree(discarded, ignore_errors=True)
+        if not self.path.exists():
+            partial = self._temporary()
+            try:
+                create_probabilities(
+                    partial, volume, lattice, classes, {**notes, "fingerprint": fingerprint}, output=output
+                )
+                partial.rename(self.path)  # fails if another job's store has the name by now
+            except OSError:
+                if not self.path.exists():
+                    raise
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        for abandoned in folder.glob(
+            f".partial-*-{self.path.name}"
+        ):  # whoever is still at it uses the one that is there
+            shutil.rmtree(abandoned, ignore_errors=True)
         self.array: zarr.Array[Any] = zarr.open_array(str(self.path / ARRAY), mode="r+")
 
-    def _fingerprint_on_disk(self) -> str | None:
+    def _temporary(self) -> Path:
+        return self.path.with_name(f".partial-{uuid4().hex}-{self.path.name}")
+
+    def _is_sound(self) -> bool:
         try:
             notes = read_json(self.path / ".zattrs")["cellmap_pipe"]
             zarr.open_array(str(self.path / ARRAY), mode="r")
         except (ContractError, KeyError, TypeError, ValueError, OSError):
-            return None
-        return str(notes.get("fingerprint"))
+            return False
+        return bool(notes.get("fingerprint") == self._fingerprint)
+
+    def remove_partials(self, first: int, last: int) -> None:
+        """Delete what a killed job left half-written of the planes [first, last), which begin and end with chunks."""
+        depth = self.array.chunks[1]
+        for channel in range(self.array.shape[0]):
+            for number in range(first // depth, -(-last // depth)):
+                for abandoned in (self.path / ARRAY / str(channel) / str(number)).rglob("*.partial"):
+                    abandoned.unlink(missing_ok=True)
+        for abandoned in self._records.glob(".partial-*.json"):
+            plane = abandoned.stem.rsplit("-", 1)[-1].split("_")[0]
+            if plane.isdigit() and first <= int(plane) < last:
+                abandoned.unlink(missing_ok=True)
 
     def _record(self, box: Box) -> Path:
         return self._records / ("_".join(map(str, box[0])) + ".json")
@@ -166,6 +231,28 @@ class BlockStore:
         return {"fingerprint": self._fingerprint, "lower": list(box[0]), "upper": list(box[1])}
 
 
+def shares(shapes: Sequence[Shape3], shard: int, shards: int) -> list[tuple[int, int]]:
+    """Return the planes [first, last) of each volume that one of `shards` jobs predicts; first == last means none.
+
+    shapes: (z, y, x) of the volumes, in order. Together the jobs' shares are contiguous and of nearly equal numbers of
+    voxels. They follow from the shapes alone, whatever EM, memory and columns are: jobs that run at different times,
+    after a setting was changed perhaps, leave no block between them. The grain is one layer of chunks.
+    """
+    total = sum(shape[0] * shape[1] * shape[2] for shape in shapes)
+    result, before = [], 0
+    for depth, height, width in shapes:
+        step = chunk_of((depth, height, width))[0]
+        mine = []
+        for first in range(0, depth, step):
+            last = min(first + step, depth)
+            middle = 2 * before + (first + last) * height * width  # twice the voxels up to the middle of the layer
+            if middle * shards // (2 * total) == shard:
+                mine.append((first, last))
+        result.append((mine[0][0], mine[-1][1]) if mine else (0, 0))
+        before += depth * height * width
+    return result
+
+
 def blocks_of(column: Box, depth: int) -> list[Box]:
     """Return the blocks of a column from its lowest plane up: `depth` planes each, beginning at multiples of it."""
     (z0, y0, x0), (z1, y1, x1) = column
@@ -182,24 +269,3 @@ def runs_of(blocks: Iterable[Box]) -> list[Box]:
         else:
             runs.append((lower, upper))
     return runs
-
-
-def create_mask(group: "zarr.Group", name: str, dtype: str, lattice: Lattice) -> "zarr.Array[Any]":
-    """Return a new label array of `group` on `lattice`: a plain array, as the challenge's scorer takes it.
-
-    Its attributes are voxel_size and translation (centre of voxel 0), in nm, and shape, all (z, y, x) (CHALLENGE 1c).
-    """
-    return group.create_array(
-        name,
-        shape=lattice.shape,
-        chunks=shape3([min(64, n) for n in lattice.shape]),
-        dtype=dtype,
-        compressors=numcodecs.Blosc("zstd", 3, numcodecs.Blosc.BITSHUFFLE),
-        chunk_key_encoding={"name": "v2", "separator": "/"},
-        fill_value=0,
-        attributes={
-            "voxel_size": list(lattice.voxel_nm),
-            "translation": list(lattice.translation_nm),
-            "shape": list(lattice.shape),
-        },
-    )

@@ -1,13 +1,15 @@
 """Which volumes are predicted, on which voxels, and the EM under and around them.
 
 A volume is a dict, as it stands in the JSON records: name ("jrc_x/crop12"), dataset, em (path under data.root), lattice
-(voxels to predict), target (voxels that are asked for in the end), classes (list, or None for all).
+(voxels to predict), target (voxels that are asked for in the end), classes (list, or None for all) and, for a volume
+of a table, asked: by class, the voxels that this one is asked for on, a part of the target or coarser.
 """
 
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -18,10 +20,10 @@ import pandas as pd
 
 from cellmap_pipe.classes import get_class
 from cellmap_pipe.errors import ConfigError, ContractError, DataError, GeometryError
-from cellmap_pipe.files import canonical_json, read_json
-from cellmap_pipe.geometry import Lattice, Shape3, nearest_grid, shape3, vec3
+from cellmap_pipe.files import canonical_json, digest, read_json, write_json
+from cellmap_pipe.geometry import Lattice, Shape3, shape3, vec3
 from cellmap_pipe.prepare.em import choose_level, read_em
-from cellmap_pipe.prepare.ngff import chunk_shape, chunks_on_disk, read_image
+from cellmap_pipe.prepare.ngff import chunk_files, chunk_shape, chunks_on_disk, read_image
 from cellmap_pipe.prepare.resample import lattice_weights
 
 logger = logging.getLogger(__name__)
@@ -124,6 +126,11 @@ def test_volumes(volumes_csv: str | Path, data_root: str | Path, em_path: str, v
                 "lattice": grid_lattice(target, voxel_nm).to_dict(),
                 "target": target.to_dict(),
                 "classes": None if "" in classes else classes,
+                "asked": {
+                    label: _target(of_class, volumes_csv, Path(data_root) / em).to_dict()
+                    for label, of_class in rows.groupby("class_label", sort=False)
+                    if label
+                },
             }
         )
     if not volumes:
@@ -132,7 +139,7 @@ def test_volumes(volumes_csv: str | Path, data_root: str | Path, em_path: str, v
 
 
 def _target(rows: pd.DataFrame, table: str | Path, em: Path) -> Lattice:
-    """Return the box that the rows of one crop ask for."""
+    """Return the box that rows of one crop ask for."""
     if (rows[["voxel_size", "translation", "shape"]] == "").all(axis=None):
         try:
             return read_image(em).levels[0].lattice
@@ -160,42 +167,26 @@ def _target(rows: pd.DataFrame, table: str | Path, em: Path) -> Lattice:
 
 
 @dataclass(frozen=True)
-class Service:
-    """Whether a model's grid serves a volume; if not, the cause in words."""
-
-    served: bool
-    cause: str
-
-
-def service(
-    volume: Mapping[str, Any], grid: str, grids: Mapping[str, VoxelSize], max_oversampling: float, allow: bool
-) -> Service:
-    """Return whether `grid` is the one of `grids` that serves the volume.
-
-    grids: voxel sizes of the grids of all models in use. The nearest to the target's voxel serves, unless it has more
-    than `max_oversampling` times the target's voxels and this is not allowed.
-    """
-    target = Lattice.from_dict(volume["target"])
-    sizes = {name: target.voxel_nm if isinstance(size, str) else size for name, size in grids.items()}
-    nearest = nearest_grid(sizes, target.voxel_nm)
-    if nearest != grid:
-        return Service(False, f"served by grid {nearest}, the nearest to its voxels")
-    factor = Lattice.from_dict(volume["lattice"]).voxels / target.voxels
-    if factor > max_oversampling and not allow:
-        return Service(
-            False,
-            f"grid {grid} has {factor:.3g} times the voxels asked for, more than predict.max_oversampling "
-            f"({max_oversampling:g}); add a coarser grid or set predict.allow_oversampling",
-        )
-    return Service(True, "")
-
-
-@dataclass(frozen=True)
 class Survey:
-    """What one look at all the EM of a volume tells: its digest, and the histogram (256 counts) of valid voxels."""
+    """What one look at all the EM of a volume tells.
+
+    digest: of all voxels that a prediction may read. histogram: 256 counts of the volume's valid voxels. damaged: why
+    parts of it could not be read.
+    """
 
     digest: str
     histogram: np.ndarray
+    damaged: tuple[str, ...] = ()
+
+
+def reach_of(patch: Sequence[int], planes: str) -> Shape3:
+    """Return how many voxels of context on each side (z, y, x) windows of `patch` can use.
+
+    planes: "all" or "z", axes across which a network of slices (a patch of one plane) is run.
+    """
+    if patch[0] == 1 and planes == "all":
+        return shape3([max(patch)] * 3)
+    return shape3(patch)
 
 
 class EMVolume:
@@ -289,17 +280,55 @@ class EMVolume:
         block = read_em(self._image, self.lattice.window(lower, shape), max_upsample=self._max_upsample)
         return block.image, block.valid
 
-    def survey(self) -> Survey:
+    def survey(self, kept: Path | None = None) -> Survey:
         """Return the digest of all that a prediction may read, and the histogram of the volume's valid voxels.
 
-        It is read tile by tile, so memory does not grow with the cross-section.
+        It is read tile by tile, so memory does not grow with the cross-section. kept: a JSON file that holds the result
+        for the next time, as long as the EM's files are the same by name, size and time.
         """
+        if kept is None:
+            return self._read_all()
+        listing = self._listing()
+        survey = _read_survey(kept, listing)
+        if survey is None:
+            survey = self._read_all()
+            if survey.damaged or self._listing() != listing:  # it is looked at anew each time until it is sound
+                return survey
+            with suppress(FileNotFoundError):  # another job has finished the same, and tidied up
+                write_json(kept, {"listing": listing, "digest": survey.digest, "histogram": survey.histogram.tolist()})
+        for abandoned in kept.parent.glob(f".partial-*-{kept.name}"):
+            abandoned.unlink(missing_ok=True)
+        return survey
+
+    def _listing(self) -> str:
+        """Return a digest of the lattice and of name, size and time of all files that `survey` reads."""
+        before, after = zip(*self.context, strict=True)
+        weights = lattice_weights(self.level.lattice, self.lattice.padded(before, after))
+        files = chunk_files(self.level, [w.start for w in weights], [w.stop for w in weights])
+        states = [(str(path), path.stat()) for path in files]
+        return digest(
+            [
+                self.lattice.to_dict(),
+                self.context,
+                self.level.path,
+                self.level.lattice.to_dict(),
+                [(name, state.st_size, state.st_mtime_ns) for name, state in states],
+            ]
+        )
+
+    def _read_all(self) -> Survey:
         sha = hashlib.sha256(canonical_json([self.lattice.to_dict(), self.context]).encode())
         histogram = np.zeros(256, np.int64)
+        damaged = []
         before, after = zip(*self.context, strict=True)
         end = [n + a for n, a in zip(self.lattice.shape, after, strict=True)]
         for lower, upper in _tiles(shape3([-b for b in before]), shape3(end)):
-            image, valid = self._resample(lower, upper)
+            try:
+                image, valid = self._resample(lower, upper)
+            except DataError as error:  # the blocks that need this tile will fail, the others need not
+                damaged.append(str(error))
+                sha.update(b"damaged")
+                continue
             sha.update(image.tobytes())
             if valid is not None:
                 sha.update(np.packbits(valid).tobytes())
@@ -309,7 +338,19 @@ class EMVolume:
             )
             inside = image[inner]
             histogram += np.bincount(inside.ravel() if valid is None else inside[valid[inner]], minlength=256)
-        return Survey(sha.hexdigest(), histogram)
+        return Survey(sha.hexdigest(), histogram, tuple(damaged))
+
+
+def _read_survey(kept: Path, listing: str) -> Survey | None:
+    """Return the survey that a file holds of EM with this listing, None if there is none."""
+    if not kept.is_file():
+        return None
+    try:
+        found = read_json(kept)
+        return Survey(found["digest"], np.array(found["histogram"], np.int64)) if found["listing"] == listing else None
+    except (ContractError, KeyError, TypeError):
+        logger.info("%s: cannot be used, the EM is read again", kept)
+        return None
 
 
 def _tiles(lower: Shape3, upper: Shape3) -> Iterator[tuple[Shape3, Shape3]]:
@@ -324,6 +365,8 @@ def _tiles(lower: Shape3, upper: Shape3) -> Iterator[tuple[Shape3, Shape3]]:
 def check_survey(survey: Survey, path: Path) -> None:
     """Raise DataError for EM that cannot be segmented: not on disk at all, or one grey value everywhere."""
     counted = np.flatnonzero(survey.histogram)
+    if survey.damaged and len(counted) < 2:
+        raise DataError(survey.damaged[0])
     if not len(counted):
         raise DataError(f"{path}: no EM is on disk under this volume; fetch it, or take the volume off the list")
     if len(counted) == 1:

@@ -11,8 +11,8 @@ import numpy as np
 
 from cellmap_pipe.errors import ConfigError, ContractError
 from cellmap_pipe.files import read_json, replacing, write_json
-from cellmap_pipe.geometry import Lattice, Shape3, shape3
-from cellmap_pipe.prediction.plan import estimate_bytes, make_plan
+from cellmap_pipe.geometry import Lattice
+from cellmap_pipe.prediction.plan import estimate_bytes, make_plans
 from cellmap_pipe.prediction.store import CHUNK
 from cellmap_pipe.prediction.volumes import READ_PLANES
 from cellmap_pipe.prepare.crops import read_crops
@@ -74,11 +74,12 @@ def needed_memory(record: Record, models: Sequence[Mapping[str, Any]], context_n
     """Return the host memory that a converted crop will need at most, however far the EM reaches beyond it.
 
     context_nm: EM round the label box that the training store keeps. models: of this grid, each {name, patch (z, y, x;
-    voxels), overlap, batch, classes (their number)} and, where its predictions are held to one, memory_gb.
+    voxels), overlap, batch, classes (their number)} and, where they are not the plainest, planes, output and tta; where
+    its predictions are held to one, memory_gb.
     """
     box = Lattice.from_dict(record["lattice"])
     stored, _ = grown_box(box, None, context_nm)
-    predict = {model["name"]: _prediction_bytes(box.shape, model) for model in models}
+    predict = {model["name"]: _prediction_bytes(box, model) for model in models}
     largest = max(predict, key=lambda name: predict[name], default="")
     train = stored.voxels * (1 + np.dtype(record["label_dtype"]).itemsize)
     return Memory(train, predict.get(largest, 0), largest)
@@ -170,17 +171,31 @@ def read_verdicts(quality_csv: str | os.PathLike[str]) -> dict[str, str]:
     return {row["crop"]: row["verdict"] for row in read_crops(str(quality_csv))}
 
 
-def _prediction_bytes(shape: Shape3, model: Mapping[str, Any]) -> int:
-    """Return the host memory that a prediction of `shape` voxels takes at most, as `prediction.predict` plans it.
+def _prediction_bytes(box: Lattice, model: Mapping[str, Any]) -> int:
+    """Return the host memory that a prediction of a box takes at most, as `prediction.predict` plans it.
 
     How much EM lies round the crop is not known here: its windows overlap most along z without any, and see most of y
     and x with a patch of it on every side.
     """
-    patch = shape3(model["patch"])
-    context = [(0, 0), (patch[1], patch[1]), (patch[2], patch[2])]
-    plan = make_plan(shape, patch, model["overlap"], context=context)
-    depth = min(CHUNK[0], shape[0])
-    need = estimate_bytes(plan, ((0, 0, 0), shape), model["classes"], depth, model["batch"], READ_PLANES)
+    reach = max(model["patch"][1:])
+    plans = make_plans(
+        box.shape,
+        model["patch"],
+        model["overlap"],
+        context=[(0, 0), (reach, reach), (reach, reach)],
+        planes=model.get("planes", "z"),
+        voxel_nm=box.voxel_nm,
+    )
+    need = estimate_bytes(
+        plans,
+        ((0, 0, 0), box.shape),
+        model["classes"],
+        min(CHUNK[0], box.shape[0]),
+        model["batch"],
+        READ_PLANES,
+        output=model.get("output", "uint8"),
+        symmetries=model.get("tta", 1),
+    )
     limit_gb = model.get("memory_gb")
     return need if limit_gb is None else min(need, round(limit_gb * 1e9))  # cut into columns that keep to it
 

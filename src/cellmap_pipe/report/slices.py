@@ -12,6 +12,7 @@ import numpy as np
 import zarr
 
 from cellmap_pipe.classes import CLASSES
+from cellmap_pipe.evaluation.container import MASK_ARRAY
 from cellmap_pipe.files import read_json
 from cellmap_pipe.geometry import Lattice
 from cellmap_pipe.prepare.em import read_em
@@ -169,7 +170,7 @@ def _answer_plane(source: _Source, crop: str, annotated: Sequence[str], z: int, 
         return {}
     store = source.folder / source.segments[crop]["path"]
     return {
-        name: np.asarray(zarr.open_array(store / name, mode="r")[z, ::step, ::step]) > 0
+        name: np.asarray(zarr.open_array(store / name / MASK_ARRAY, mode="r")[z, ::step, ::step]) > 0
         for name in annotated
         if (store / name).is_dir()
     }

@@ -341,6 +341,7 @@ def write_submission(report_json: Path, score_jsons: Sequence[Path], out_html: P
         ["arrays", f"{report['rows']:,}"],
         ["arrays without any voxel set", f"{len(report['zero_rows']):,}"],
         ["arrays that no model answers", f"{len(report['not_predicted']):,}"],
+        ["arrays that lack some of their parts", f"{len(report['approximate']):,}"],
         ["size (MB)", f"{report['size'] / 1e6:,.1f}"],
         ["SHA-256", report["sha256"]],
         ["rules", report["rules"]],
@@ -352,6 +353,16 @@ def write_submission(report_json: Path, score_jsons: Sequence[Path], out_html: P
         if report[key]:
             rows = [[str(line)] for line in report[key]]
             parts += [heading(title), table([Column(title.lower())], rows, name=key)]
+    if report["approximate"]:
+        parts += [
+            heading("Groups without some of their parts"),
+            paragraph("Formed from the classes that were predicted; voxels of the missing ones are not in them."),
+            table(
+                [Column("array"), Column("missing")],
+                [[name, ", ".join(missing)] for name, missing in report["approximate"].items()],
+                name="approximate",
+            ),
+        ]
     if report["zero_rows"]:
         answered = set(report["zero_rows"]) - set(report["not_predicted"])
         parts += [

@@ -47,7 +47,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Trained:
         n_classes=len(contents["classes"]),
         spatial_dims=settings["spatial_dims"],
     )
-    network.load_state_dict(contents.pop("state_dict"))
+    try:
+        network.load_state_dict(contents.pop("state_dict"))
+    except RuntimeError as error:
+        cause = " ".join(str(error).split())[:200]
+        raise ContractError(f"{path}: its weights do not fit its settings ({cause}); {REMEDY}") from error
     return Trained(
         network=network.to(device).eval(),
         classes=tuple(contents["classes"]),

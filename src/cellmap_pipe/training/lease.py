@@ -1,4 +1,4 @@
-"""Which GPUs of this machine a training uses: those its scheduler gave it, or free ones, leased while it runs.
+"""Which GPUs of this machine a job uses: those its scheduler gave it, or free ones, leased while it runs.
 
 A lease is a lock of the kernel's on a folder of the machine's own disk. The process that launches a training keeps it
 when it becomes that training, and however it ends the lock ends with it. Imports no torch: it is taken before.
@@ -56,7 +56,7 @@ def assign_gpus(
     listed = environment.get(VISIBLE)
     scheduled = "SLURM_JOB_ID" in environment
     if not scheduled and not present:
-        logger.warning("%d GPUs were asked for and this machine has none: training on the CPU", count)
+        logger.warning("%d GPUs were asked for and this machine has none: working on the CPU", count)
         return False
     visible = visible_gpus(present, listed)
     if scheduled:
@@ -70,18 +70,23 @@ def assign_gpus(
         remedy = "ask the scheduler for more (gres in the profile), or " if scheduled else ""
         raise TrainingError(
             f"{count} GPUs were asked for, the machine has {len(present)} and this job may use {len(visible)} "
-            f"({VISIBLE}={'unset' if listed is None else listed}); {remedy}lower resources.train.gpus (0 = the CPU)"
+            f"({VISIBLE}={'unset' if listed is None else listed}); {remedy}lower {_key(holder)} (0 = the CPU)"
         )
     try:
         visible = lease(visible, count, holder)
     except OSError as error:
         if len(visible) > count:
             raise TrainingError(
-                f"GPUs cannot be leased ({error}); list the {count} that this training is to use in {VISIBLE}"
+                f"GPUs cannot be leased ({error}); list the {count} that this job is to use in {VISIBLE}"
             ) from error
-        logger.warning("GPUs are not leased (%s): no other training must use %s", error, ", ".join(visible))
+        logger.warning("GPUs are not leased (%s): no other job must use %s", error, ", ".join(visible))
     environment[VISIBLE] = ",".join(visible)
     return True
+
+
+def _key(holder: Mapping[str, Any]) -> str:
+    """Return the key of the configuration that says how many GPUs a job asks for."""
+    return f"resources.{'predict' if holder.get('rule') == 'predict' else 'train'}.gpus"
 
 
 def machine_gpus() -> list[str]:
