@@ -300,7 +300,8 @@ class Config:
 
     def segmentation_settings(self) -> dict[str, Any]:
         chosen = {key: value for key, value in self.segment.items() if key != "tune"}
-        derived = [name for name in chosen["derive"] if name not in self.classes and parts_of(name, self.classes)]
+        # also of `classes`: a model may learn a group by its parts alone
+        derived = [name for name in chosen["derive"] if parts_of(name, self.classes)]
         return {**chosen, "derive": derived, "revision": self.revisions["segment"]}
 
     def tuning_settings(self) -> dict[str, Any]:
@@ -357,6 +358,7 @@ class Config:
             "em_path": self.data.em_path,
             "max_upsample": self.max_upsample,
             "classes": list(self.classes),
+            "derive": self.segmentation_settings()["derive"],
             "models": models,
         }
 

@@ -9,6 +9,7 @@ from typing import Any
 from cellmap_pipe.errors import ContractError
 from cellmap_pipe.fetch import fetch_digest, verify_fetch
 from cellmap_pipe.files import read_json
+from cellmap_pipe.prediction.store import ARRAY, fault_of_probabilities
 from cellmap_pipe.prepare.store import fault_of_file, verify_store
 
 logger = logging.getLogger(__name__)
@@ -17,8 +18,9 @@ logger = logging.getLogger(__name__)
 def verify_results(results: str | Path, data_root: str | Path | None = None) -> int:
     """Return how many contracts under the folder `results` were compared with the disk: all that are there.
 
-    Compared are, by digest, the NIfTI files of each grid, exports and the training stores, and, by presence, the arrays
-    of predictions, ensembles and segmentations, and of what was fetched into `data_root`. Each fault is logged.
+    Compared are, by digest, the NIfTI files of each grid, exports and the training stores; by number and bytes of their
+    chunks, predictions; and, by presence, the arrays of ensembles and segmentations, and of what was fetched into
+    `data_root`. Each fault is logged.
     Raises ContractError with the number of faults and the first of them.
     """
     results = Path(results)
@@ -60,11 +62,27 @@ def _faults(contracts: Iterable[dict[str, Any]], folder: Path, remedy: str) -> l
     return [fault for contract in contracts if (fault := fault_of_file(contract, folder, remedy, full=True))]
 
 
-def _missing_arrays(path: Path, remedy: str) -> list[str]:
+def _faults_of_predictions(shard: Path) -> list[str]:
+    remedy = "run `snakemake -R predict`"
+    content = read_json(shard, remedy)
+    first = shard.with_name("shard0.json")
+    if first.is_file() and content["shard"] >= read_json(first, remedy)["shards"]:
+        return []  # left from a run with more shards, nothing reads it
     return [
-        f"{path.parent / record['path']}: missing; {remedy}"
+        f"{store}: {fault}; {remedy}"
+        for record in content["records"]
+        if record["status"] == "ok"
+        and (fault := fault_of_probabilities(store := shard.parent / record["path"], record["fingerprint"]))
+    ]
+
+
+def _missing_arrays(path: Path, arrays: Callable[[dict[str, Any]], Iterable[str]], remedy: str) -> list[str]:
+    return [
+        f"{path.parent / record['path']}: missing, or without its {name}; {remedy}"
         for record in read_json(path, remedy)["records"]
-        if record["status"] == "ok" and not (path.parent / record["path"]).exists()
+        if record["status"] == "ok"
+        for name in arrays(record)
+        if not (path.parent / record["path"] / name / ".zarray").is_file()
     ]
 
 
@@ -73,7 +91,13 @@ _CHECKS: dict[str, Callable[[Path], list[str]]] = {
     "convert/*/shard*.json": _faults_of_conversion,
     "nnunet/*.json": _faults_of_export,
     "chunks/*/index.json": verify_store,
-    "predict/*/fold*/*/shard*.json": partial(_missing_arrays, remedy="run `snakemake -R predict`"),
-    "ensemble/*/fold*.json": partial(_missing_arrays, remedy="run `snakemake -R ensemble`"),
-    "segment/*/fold*/*.json": partial(_missing_arrays, remedy="run `snakemake -R segment`"),
+    "predict/*/fold*/*/shard*.json": _faults_of_predictions,
+    "ensemble/*/fold*.json": partial(
+        _missing_arrays, arrays=lambda record: [ARRAY], remedy="delete it and run `snakemake -R ensemble`"
+    ),
+    "segment/*/fold*/*.json": partial(
+        _missing_arrays,
+        arrays=lambda record: [f"{name}/{ARRAY}" for name in record["classes"]],
+        remedy="delete it and run `snakemake -R segment`",
+    ),
 }

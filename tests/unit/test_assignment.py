@@ -184,6 +184,7 @@ def plan(tmp_path: Path, ngff: Writer) -> Callable[..., list[list[dict[str, str]
             em_path=EM,
             max_upsample=4,
             classes=["pm", "mito_mem", "mito_lum", "nuc"],
+            derive=["mito"],
             models=models,
         )
         tables = []
@@ -221,6 +222,13 @@ def test_the_plan_names_grid_model_and_cost(
     assert header.index("target_nm") == first.index("8x8x8")
 
 
+def test_a_group_that_is_not_formed_is_no_answer(plan: Callable[..., list[list[dict[str, str]]]]) -> None:
+    assigned, _ = plan(["1,jrc_x,cell,[32;32;32],[16;16;16],[10;10;10]"], a=model(8, ["pm", "nuc"]))
+    assert [(row["class"], row["grid"], row["note"]) for row in assigned] == [
+        ("cell", "", "no model predicts it, and it is not in segment.derive: zeros")
+    ]
+
+
 def test_too_many_voxels_are_refused_with_volumes_and_factors(
     plan: Callable[..., list[list[dict[str, str]]]], tmp_path: Path
 ) -> None:
@@ -228,7 +236,7 @@ def test_too_many_voxels_are_refused_with_volumes_and_factors(
     with pytest.raises(ConfigError) as caught:
         plan(rows, a=model(8, ["pm"]))
     message = str(caught.value)
-    assert "jrc_x/crop1 by grid g8 64 times; jrc_x/crop2 by grid g8 64 times" in message
+    assert "jrc_x/crop1 by grid g8 64 times (pm); jrc_x/crop2 by grid g8 64 times (pm)" in message
     assert "predict.allow_oversampling" in message and not (tmp_path / "plan.csv").exists()
     assigned, parts = plan(rows, a=model(8, ["pm"], allow_oversampling=True))
     assert [row["ratio"] for row in assigned] == ["64", "64"] and len(parts) == 2

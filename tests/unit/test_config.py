@@ -221,6 +221,17 @@ def test_groups_are_derived_only_where_some_class_lies_inside():
     assert resolve().segmentation_settings()["derive"] == ["mito", "golgi", "ves", "endo", "er", "er_mem_all"]
 
 
+def test_a_group_that_a_model_learns_by_its_parts_is_derived():
+    extra = """
+classes: [mito, mito_mem, mito_lum, mito_ribo]
+models: [segresnet_ds]
+overrides: {segresnet_ds: {classes: [mito_mem, mito_lum, mito_ribo], train: {groups: [mito]}}}
+"""
+    config = resolve(extra)
+    assert config.model("segresnet_ds").classes == ("mito_mem", "mito_lum", "mito_ribo")
+    assert config.segmentation_settings()["derive"] == ["mito"]
+
+
 def test_overrides_win_over_the_model_file_which_wins_over_the_configuration():
     def lr(extra: str) -> float:
         return resolve(extra).model("swinunetr").train["lr"]

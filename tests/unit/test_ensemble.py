@@ -142,6 +142,19 @@ def test_what_is_done_is_not_done_again_and_what_is_unlisted_goes(tmp_path: Path
     assert sorted(path.name for path in store.parent.iterdir()) == ["x_crop1.json", "x_crop1.zarr"]
 
 
+def test_a_store_that_was_left_without_its_record_is_not_taken_for_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = (predicted(tmp_path, model, {"x/crop1": noise(1, seed)}, ["pm"]) for seed, model in enumerate("ab"))
+    run(tmp_path, [a])
+    with monkeypatch.context() as killed:
+        killed.setattr("cellmap_pipe.prediction.ensemble.write_json", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path, [b])
+    (record,) = run(tmp_path, [a])["records"]
+    np.testing.assert_array_equal(array_of(tmp_path, record), noise(1, 0))
+
+
 def test_damaged_predictions_are_named(tmp_path: Path) -> None:
     index = predicted(tmp_path, "a", {"x/crop1": noise(1, 1)}, ["pm"])
     chunk = next(path for path in (tmp_path / "a/volumes/x_crop1.zarr/s0/0").rglob("*") if path.is_file())

@@ -337,6 +337,19 @@ def test_what_is_done_is_not_done_again_unless_settings_change(tmp_path: Path) -
     np.testing.assert_array_equal(array_of(tmp_path, second, "pm")[:], noise(1) > 102)
 
 
+def test_a_store_that_was_left_without_its_record_is_not_taken_for_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = predicted(tmp_path, {"pm": noise(1)})
+    run(tmp_path, index)
+    with monkeypatch.context() as killed:
+        killed.setattr("cellmap_pipe.prediction.postprocess.write_json", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path, index, threshold=0.4)
+    (record,) = run(tmp_path, index)["records"]
+    np.testing.assert_array_equal(array_of(tmp_path, record, "pm")[:], noise(1) > 127)
+
+
 def test_a_volume_predicted_by_two_models_is_refused(tmp_path: Path) -> None:
     first = predicted(tmp_path, {"pm": noise(1)})
     second = tmp_path / "shard1.json"

@@ -1,5 +1,6 @@
 """The predict job: geometry of what it writes, records, resuming, and volumes that fail."""
 
+import errno
 import json
 import math
 import shutil
@@ -261,6 +262,34 @@ def test_a_store_that_was_damaged_is_made_anew(root: Path, monkeypatch: pytest.M
     network = Net()
     run(root, network, [volume()], monkeypatch)
     assert network.windows > 0 and contents(root / "out/volumes") == before
+
+
+@pytest.mark.parametrize("lost", [".", "s0/0", "s0/1/1/0/0"])
+def test_blocks_whose_chunks_are_gone_are_redone(root: Path, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
+    (record,) = run(root, Net(), [volume()], monkeypatch)["records"]
+    before = contents(root / "out/volumes")
+    path = store_of(root, record) / lost
+    shutil.rmtree(path) if path.is_dir() else path.write_bytes(b"")
+    network = Net()
+    run(root, network, [volume()], monkeypatch)
+    assert network.windows > 0 and contents(root / "out/volumes") == before
+
+
+def test_a_store_that_cannot_be_read_just_now_is_not_thrown_away(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(root, Net(), [volume()], monkeypatch)
+    before = contents(root / "out/volumes")
+
+    def stale(path: Path, *arguments: Any, **more: Any) -> str:
+        if path.name == ".zattrs" and "out" in path.parts:
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return read(path, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        read = Path.read_text
+        patch.setattr(Path, "read_text", stale)
+        with pytest.raises(PredictionError, match=r"Stale file handle.*\.zattrs"):
+            run(root, Net(), [volume()], patch)
+    assert contents(root / "out/volumes") == before
 
 
 def test_outputs_are_what_the_settings_say(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -675,7 +704,7 @@ def test_weights_of_another_grid_or_settings_that_lack_a_key_are_refused(
     with pytest.raises(ContractError, match=r"model.pt predicts ecs, mito_mem, mito_lum, but model m .* ecs, pm"):
         run(root, Net(), [volume()], monkeypatch, classes=["ecs", "pm"])
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="no GPU"):
+        with pytest.raises(ConfigError, match=r"resources\.predict\.gpus to 0"):
             run(root, Net(), [volume()], monkeypatch, device="cuda")
 
 

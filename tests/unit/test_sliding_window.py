@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import weakref
 from collections.abc import Callable, Sequence
 from itertools import pairwise, product
 from pathlib import Path
@@ -28,6 +29,7 @@ from cellmap_pipe.prediction.plan import (
     columns,
     count_windows,
     estimate_bytes,
+    make_plan,
     make_plans,
     planes_needed,
 )
@@ -100,7 +102,7 @@ def direct_sum(
 
     thin: the axis of the windows that is the network's first.
     """
-    starts = [axis_windows(n, p, overlap, blending).starts for n, p in zip(image.shape, patch, strict=True)]
+    starts = [axis.starts for axis in make_plan(image.shape, patch, overlap, blending)]
     pad = [(max(0, -s[0]), max(0, s[-1] + p - n)) for s, p, n in zip(starts, patch, image.shape, strict=True)]
     padded = np.pad(image, pad, mode="reflect")
     profile = [np.exp(-0.5 * ((np.arange(p) - (p - 1) / 2) / (p / 8)) ** 2) for p in patch]
@@ -221,9 +223,17 @@ def test_an_array_without_chunks_is_cut_quickly_and_without_changing_the_result(
     assert np.abs(cut.astype(int) - whole).max() <= 1
 
 
-@pytest.mark.parametrize("share", [0.15, 0.3, 0.6, 0.9])
-def test_columns_are_the_cut_with_the_fewest_windows_that_fits(share: float) -> None:
-    plans = plans_of((40, 150, 210), (16, 16, 24))
+@pytest.mark.parametrize(
+    ("share", "patch", "overlap"),
+    [
+        (0.15, (16, 16, 24), 0.5),
+        (0.3, (16, 16, 24), 0.5),
+        (0.9, (16, 16, 24), 0.5),
+        (0.2, (16, 24, 32), 0.0),  # more parts, but fewer windows across their edges
+    ],
+)
+def test_columns_are_the_cut_with_the_fewest_windows_that_fits(share: float, patch: Shape3, overlap: float) -> None:
+    plans = make_plans((40, 150, 210), patch, overlap, voxel_nm=(8, 8, 8))
 
     def need(box: Box) -> int:
         return estimate_bytes(plans, box, 3, 16, 1)
@@ -519,6 +529,19 @@ def test_an_error_in_any_thread_comes_out_and_ends_all(fault: str) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("reader", "writer"))]
 
 
+def test_logits_of_one_view_are_gone_before_the_next_view_is_run() -> None:
+    made: list[weakref.ref[np.ndarray]] = []
+
+    def network(x: torch.Tensor) -> torch.Tensor:
+        assert not [logits for logits in made if logits() is not None]
+        logits = np.zeros((len(x), 2, *x.shape[2:]), np.float32)
+        made.append(weakref.ref(logits))
+        return torch.from_numpy(logits)
+
+    predict_array(network, image_of((8, 8, 8)), patch=(8, 8, 8), out=np.zeros((2, 8, 8, 8), np.uint8), tta=4)
+    assert len(made) == 4
+
+
 def test_nothing_of_a_row_with_nan_is_written() -> None:
     image, written = image_of((64, 8, 8)), []
 
@@ -573,6 +596,12 @@ def test_faults_are_named() -> None:
         predict_array(voxelwise, image.astype(np.float32), patch=(8, 8, 8), out=out)
     with pytest.raises(DataError, match=r"the image has shape \(8, 8\), expected \(z, y, x\)"):
         predict_array(voxelwise, image[0], patch=(8, 8, 8), out=out)
+    with pytest.raises(DataError, match=r"the image has shape \(0, 8, 8\), expected"):
+        predict_array(voxelwise, image[:0], patch=(8, 8, 8), out=out[:, :0])
+    with pytest.raises(DataError, match=r"valid has shape \(8, 8, 1\), the image \(8, 8, 8\)"):
+        predict_array(voxelwise, image, patch=(8, 8, 8), out=out, valid=np.ones((8, 8, 1), bool))
+    with pytest.raises(ConfigError, match=r"predict\.planes: unknown 'x'; allowed: z, all"):
+        predict_array(voxelwise, image, patch=(1, 8, 8), out=out, planes="x")
     for patch in [(8, 8), (8, 0, 8), (8, 8, -1)]:
         with pytest.raises(ConfigError, match=r"must be three sizes \(z, y, x\), each at least 1"):
             predict_array(voxelwise, image, patch=patch, out=out)

@@ -17,6 +17,7 @@ from cellmap_pipe.errors import ContractError
 from cellmap_pipe.evaluation import aggregate, score_instance, score_semantic
 from cellmap_pipe.files import read_json, write_json
 from cellmap_pipe.geometry import Lattice
+from cellmap_pipe.prediction import tuning
 from cellmap_pipe.prediction.instances import find_objects
 from cellmap_pipe.prediction.processing import Processing, configured, read_tuned
 from cellmap_pipe.prediction.store import create_probabilities
@@ -146,6 +147,20 @@ def test_rare_classes_are_dealt_to_different_groups() -> None:
     assert set(deal({"a": {"er"}, "b": {"er"}}, {"a": 1, "b": 1}, 5).values()) == {0, 1}
 
 
+def test_crops_that_the_folds_keep_together_are_not_parted(case: Case) -> None:
+    for seed in range(6):
+        truth, p = faint(seed)
+        case.add({"er_mem": truth}, {"er_mem": p})
+    with open(case.folder / "folds.csv", "w", newline="") as stream:
+        table = csv.writer(stream)
+        table.writerow(["crop", "group", "fold", "grouped_by"])
+        table.writerows([f"jrc_x/crop{i}", f"jrc_x/crop{i // 4}", 0, "crop"] for i in range(7))
+    groups = case.tune(folds_csv=case.folder / "folds.csv")["groups"]
+    assert [groups[f"jrc_x/crop{i}"] for i in range(6)] == [0, 0, 0, 0, 1, 1]
+    together = dict.fromkeys(groups, "one cell")
+    assert set(deal({crop: {"er_mem"} for crop in groups}, dict.fromkeys(groups, 1), 5, together).values()) == {0}
+
+
 def test_a_better_threshold_is_found_and_kept(case: Case) -> None:
     for seed in range(6):
         truth, p = faint(seed)
@@ -188,12 +203,35 @@ def test_what_a_crop_says_has_no_effect_on_how_it_is_processed(case: Case, group
 
 
 def test_what_raises_the_score_only_of_the_crops_it_was_chosen_on_is_not_kept(case: Case) -> None:
-    truth, p = faint(0)
-    case.add({"er_mem": truth}, {"er_mem": p})
-    case.add({"er_mem": truth}, {"er_mem": np.where(truth, 255, 100).astype(np.uint8)})
+    for seed in range(2):
+        truth, p = faint(seed)
+        case.add({"er_mem": truth}, {"er_mem": p})
+        case.add({"er_mem": truth}, {"er_mem": np.where(truth, 255, 100).astype(np.uint8)})
     result = case.tune()["report"]["er_mem"]
     assert not result["kept"] and result["overall"] == Processing().to_dict()
-    assert result["score_tuned"] < result["score_default"]
+    assert result["score_tuned"] <= result["score_default"]
+
+
+def test_two_groups_decide_nothing(case: Case) -> None:
+    for seed in range(2):
+        truth, p = faint(seed)
+        case.add({"er_mem": truth}, {"er_mem": p})
+    result = case.tune()
+    assert result["overall"]["processing"] == {} and not result["report"]["er_mem"]["kept"]
+    assert result["report"]["er_mem"]["cause"] == "annotated in 2 crops of 2 groups; at least 3 decide"
+
+
+def test_objects_of_large_crops_are_looked_for_in_their_middle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "MIDDLE", 8)
+    inside = tuple(slice((n - min(n, 8)) // 2, (n + min(n, 8)) // 2) for n in LATTICE.shape)
+    expected = []
+    for seed in range(3):
+        truth, p = faint(seed)
+        case.add({"nuc": truth.astype(np.uint16)}, {"nuc": p})
+        record = score_instance((p[inside] > 127).astype(np.uint8), truth[inside], LATTICE.voxel_nm)
+        expected.append(record | {"label": "nuc"})
+    score = case.tune()["report"]["nuc"]["score_default"]
+    assert score == pytest.approx(aggregate(expected)["label_scores"]["nuc"]["combined_score"])
 
 
 def test_a_configured_threshold_stays(case: Case) -> None:
@@ -240,6 +278,32 @@ def test_one_crop_teaches_nothing(case: Case) -> None:
     assert result["overall"] == {"processing": {}, "repair": False} and len(result["by_group"]) == 1
     assert "1 crop" in result["report"]["er_mem"]["cause"]
     assert result["report"]["er_mem"]["score_default"] == result["report"]["er_mem"]["score_tuned"] < 1
+
+
+def test_a_class_that_no_crop_has_is_left_as_configured(case: Case) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        nothing = np.zeros(LATTICE.shape, np.uint8)
+        p = rng.integers(0, 180, LATTICE.shape).astype(np.uint8)
+        case.add({"er_mem": nothing, "nuc": nothing}, {"er_mem": p, "nuc": p})
+    result = case.tune()
+    for name in ("er_mem", "nuc"):
+        entry = result["report"][name]
+        assert entry["cause"] == "absent from all 4 crops" and not entry["kept"]
+        assert entry["score_default"] == entry["score_tuned"] == 0
+    assert not any(choice["processing"] for choice in [result["overall"], *result["by_group"]])
+
+
+def test_crops_without_a_class_do_not_decide_how_the_one_that_has_it_is_processed(case: Case) -> None:
+    rng = np.random.default_rng(0)
+    for seed in range(4):
+        truth, _ = faint(seed)
+        p = rng.integers(0, 60 if seed == 2 else 200, LATTICE.shape)
+        case.add({"er_mem": truth * (seed == 2)}, {"er_mem": np.where(truth, 150, p).astype(np.uint8)})
+    result = case.tune()
+    assert result["by_group"][result["groups"]["jrc_x/crop2"]]["processing"] == {}
+    entry = result["report"]["er_mem"]
+    assert entry["cause"] == "" and entry["score_tuned"] >= entry["score_default"] > 0
 
 
 def test_a_derived_group_has_a_threshold_of_its_own(case: Case) -> None:

@@ -35,6 +35,7 @@ def test_scores_before_and_after_stand_beside_the_choice(tmp_path):
         "by_group": [choice, choice],
         "overall": choice,
         "report": report,
+        "repair": {"score_default": 0.25, "score_tuned": 0.375, "kept": True},
         "failed": ["jrc_x/crop3/pm: damaged"],
     }
     (tmp_path / "unet_3d.json").write_text(json.dumps(content))
@@ -45,4 +46,4 @@ def test_scores_before_and_after_stand_beside_the_choice(tmp_path):
         assert shown in nuc_row
     assert ">no<" in next(line for line in text.splitlines() if "pm</td>" in line)
     assert "annotated in 1 crops" in text and "jrc_x/crop3/pm: damaged" in text
-    assert "2 crops; masks of different classes are made consistent" in text
+    assert "2 crops; masks of different classes are made consistent (mean IoU of the masks 0.2500 as" in text

@@ -9,6 +9,8 @@ import pytest
 from cellmap_pipe.cli import main
 from cellmap_pipe.errors import ContractError
 from cellmap_pipe.files import describe_file, write_json
+from cellmap_pipe.geometry import Lattice
+from cellmap_pipe.prediction.store import BlockStore
 from cellmap_pipe.verify import verify_results
 
 
@@ -21,12 +23,19 @@ def results(tmp_path):
     contract = describe_file(image, tmp_path / "nifti/8nm")
     write_json(tmp_path / "convert/8nm/shard0.json", {"records": [{"crop": "ds/crop1", "files": {"image": contract}}]})
     folder = tmp_path / "predict/net/fold0/validation"
-    (folder / "volumes/ds_crop1.zarr/s0").mkdir(parents=True)
-    (folder / "volumes/ds_crop1.zarr/.zattrs").write_text("{}")
-    (folder / "volumes/ds_crop1.zarr/s0/.zarray").write_text("{}")
-    record = {"name": "ds/crop1", "status": "ok", "path": "volumes/ds_crop1.zarr", "classes": ["pm"]}
-    write_json(folder / "shard0.json", {"records": [record]})
+    store = BlockStore(folder / "volumes", "ds/crop1", Lattice((8,) * 3, (4,) * 3, (100, 8, 200)), ["pm"], "f" * 64, {})
+    store.array[:] = 7
+    store.array[:, :, :, 128:] = 0  # of which zarr keeps no chunk
+    for first, last in ((0, 64), (64, 100)):
+        store.finish(((first, 0, 0), (last, 8, 200)))
+    record = {"status": "ok", "path": f"volumes/{store.path.name}", "fingerprint": "f" * 64}
+    write_json(folder / "shard0.json", {"shard": 0, "shards": 1, "records": [record]})
     return tmp_path
+
+
+def prediction_of(results):
+    """Return the store of the fixture's prediction."""
+    return results / "predict/net/fold0/validation/volumes" / f"ds_crop1-{'f' * 12}.zarr"
 
 
 def test_intact_results_agree(results):
@@ -64,17 +73,61 @@ def test_contracts_that_cannot_be_used_do_not_hide_other_faults(results, caplog)
     write_json(results / "chunks/8nm/index.json", {"format_version": 1})
     (results / "nnunet").mkdir()
     (results / "nnunet/8nm.json").write_text("")
-    (results / "predict/net/fold0/validation/volumes/ds_crop1.zarr").rename(results / "gone.zarr")
+    prediction_of(results).rename(results / "gone.zarr")
     with pytest.raises(ContractError, match=r"^3 of "):
         verify_results(results)
-    for fault in (r"8nm\.json: .*-R nnunet", r"index\.json: store format 1.*-R chunk", r"ds_crop1\.zarr.*-R predict"):
+    for fault in (
+        r"8nm\.json: .*-R nnunet",
+        r"index\.json: store format 1.*-R chunk",
+        r"ds_crop1-f+\.zarr.*-R predict",
+    ):
         assert re.search(fault, caplog.text)
 
 
-def test_a_missing_prediction_is_named_with_its_remedy(results):
-    volume = results / "predict/net/fold0/validation/volumes/ds_crop1.zarr"
-    volume.rename(volume.with_name("gone.zarr"))
-    with pytest.raises(ContractError, match=r"ds_crop1.zarr.*-R predict"):
+@pytest.mark.parametrize(
+    "lost, cause",
+    [
+        (".", "missing or damaged"),
+        (".zattrs", "missing or damaged"),
+        ("s0/.zarray", "missing or damaged"),
+        ("s0/0/1", "chunks.* in 2 of 4 places"),
+        ("../{stem}.blocks/0_0_0.json", "chunks.* in 2 of 4 places"),
+    ],
+)
+def test_a_prediction_that_is_not_all_there_is_named_with_its_remedy(results, lost, cause):
+    store = prediction_of(results)
+    (store / lost.format(stem=store.stem)).resolve().rename(results / "gone")
+    with pytest.raises(ContractError, match=rf"ds_crop1-f+.zarr: {cause}.*-R predict"):
+        verify_results(results)
+
+
+def test_a_prediction_that_was_cut_short_is_named(results):
+    (prediction_of(results) / "s0/0/1/0/0").write_bytes(b"")
+    with pytest.raises(ContractError, match=r"chunks.* in 2 of 4 places"):
+        verify_results(results)
+
+
+def test_what_a_run_with_more_shards_left_is_not_missed(results):
+    record = {"status": "ok", "path": "volumes/gone.zarr", "fingerprint": "a" * 64}
+    folder = results / "predict/net/fold0/validation"
+    write_json(folder / "shard1.json", {"shard": 1, "shards": 2, "records": [record]})
+    verify_results(results)
+    write_json(folder / "shard0.json", {"shard": 0, "shards": 2, "records": []})
+    with pytest.raises(ContractError, match=r"gone\.zarr"):
+        verify_results(results)
+
+
+def test_segmentations_and_ensembles_that_lost_an_array_are_named(results):
+    stores = {"ensemble/test/fold0": ["s0"], "segment/net/fold0/test": ["pm/s0", "nuc/s0"]}
+    for contract, arrays in stores.items():
+        for array in arrays:
+            (results / f"{contract}.zarr" / array).mkdir(parents=True)
+            (results / f"{contract}.zarr" / array / ".zarray").write_text("{}")
+        record = {"status": "ok", "path": f"{contract.split('/')[-1]}.zarr", "classes": ["pm", "nuc"]}
+        write_json(results / f"{contract}.json", {"records": [record]})
+    assert verify_results(results) == 4
+    (results / "segment/net/fold0/test.zarr/nuc/s0/.zarray").unlink()
+    with pytest.raises(ContractError, match=r"test.zarr: missing, or without its nuc/s0; .*-R segment"):
         verify_results(results)
 
 

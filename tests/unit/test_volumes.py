@@ -113,6 +113,9 @@ def test_faults_of_the_table_are_named(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match=r"typo.csv: class_label in line 3: .*'mito_men'; did you mean 'mito_mem'"):
         volumes.test_volumes(path, tmp_path, EM, (8, 8, 8))
+    path = table(tmp_path / "boxes.csv", "1,jrc_x,pm,[4;4;4],[2;2;2],[9;9;9]", "1,jrc_x,nuc,[8;8;8],[4;4;4],[9;9;9]")
+    with pytest.raises(ConfigError, match=r"boxes.csv: jrc_x/crop1: the box of nuc reaches beyond"):
+        volumes.test_volumes(path, tmp_path, EM, (8, 8, 8))
     with pytest.raises(ConfigError, match="lists no volume"):
         volumes.test_volumes(table(tmp_path / "none.csv"), tmp_path, EM, (8, 8, 8))
 

@@ -152,7 +152,10 @@ def test_a_volume_is_segmented_by_each_fold_of_a_model(tmp_path):
     (tmp_path / "extra.yaml").write_text(f"folds: {{run: [0, 1]}}\ndata: {{volumes: {tmp_path / 'volumes.csv'}}}\n")
     jobs = plan("segment_unet_2d", "--configfile", tmp_path / "extra.yaml")
     assert jobs["segment"] == 2
-    assert jobs["predict"] == 8
+    assert jobs["predict"] == 2 * (4 + 1)  # shards of the volumes, and validation crops to tune on
+    assert "prediction_plan" not in jobs  # of the models in use, which must not refuse another one's volumes
+    jobs = plan("segment_swinunetr", "--configfile", tmp_path / "extra.yaml")
+    assert jobs["prediction_plan"] == 1
 
 
 def test_a_training_on_all_crops_has_nothing_to_score():

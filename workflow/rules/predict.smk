@@ -70,6 +70,7 @@ rule tune:
     input:
         probabilities=validation_probabilities,
         crops=rules.crops.output.table,
+        folds=rules.folds.output.table,
         # what they were made of is the truth
         converted=expand(
             rules.convert.output.index, grid=CONFIG.grids_in_use, shard=SHARDS

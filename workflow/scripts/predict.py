@@ -22,7 +22,8 @@ list_volumes = {
 }[snakemake.wildcards.subset]
 
 with job(snakemake):
-    assign_gpus(snakemake.resources.gpu, {"rule": snakemake.rule, **dict(snakemake.wildcards.items())})
+    # where torch cannot use them (a broken driver), `auto` would predict on the CPU until the walltime ends
+    gpus = assign_gpus(snakemake.resources.gpu, {"rule": snakemake.rule, **dict(snakemake.wildcards.items())})
     predict_shard(
         weights,
         list_volumes(**inputs),
@@ -33,5 +34,6 @@ with job(snakemake):
         fold=snakemake.wildcards.fold,
         subset=snakemake.wildcards.subset,
         shard=int(snakemake.wildcards.shard),
+        device="cuda" if gpus else "cpu",
         **json.loads(snakemake.params.settings),
     )

@@ -14,6 +14,7 @@ with job(snakemake):
         snakemake.input.probabilities,
         snakemake.input.crops,
         snakemake.output.tuned,
+        folds_csv=snakemake.input.folds,
         data_root=snakemake.config["data"]["root"],
         workers=snakemake.threads,
         memory_gb=snakemake.resources.mem_mb / 1000,

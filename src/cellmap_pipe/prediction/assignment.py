@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 Served = Mapping[str, Mapping[str, Any]]  # by grid: voxel_nm (z, y, x; nm, or "native") and classes of its models
 
-# No names of models: predictions depend on this table, and another model on the same grid must not have them done again
+# No names of models: it says what is asked and by which grid it is answered, whichever models there are
 ASSIGNMENT_COLUMNS = (
     "volume",
     "class",
@@ -154,7 +154,7 @@ class PredictionPlan:
     """What is to be predicted.
 
     assignments: a row (ASSIGNMENT_COLUMNS) per volume and class. parts: a row (MODEL_COLUMNS) per volume and model.
-    refused: in words, which models would predict which volumes on far more voxels than are asked for.
+    refused: in words, which grids would predict which classes of which volumes on far more voxels than are asked for.
     """
 
     assignments: list[dict[str, Any]]
@@ -169,39 +169,51 @@ def prediction_plan(
     em_path: str,
     max_upsample: float,
     classes: Sequence[str],
+    derive: Sequence[str],
     models: Mapping[str, Mapping[str, Any]],
 ) -> PredictionPlan:
     """Return which model predicts which class of the volumes in a table, on how many voxels, and what that takes.
 
     models: by name {grid, voxel_nm, classes, patch, overlap, blending, batch, memory_gb, tta, planes, output,
-    max_oversampling, allow_oversampling}. classes: those that a volume which names none is asked for.
+    max_oversampling, allow_oversampling}. classes: those that a volume which names none is asked for. derive: groups
+    that are formed of their parts; of others that no model predicts the parts are no answer.
     A volume whose EM cannot be read has the cause in its rows. Raises ConfigError for a fault of the table.
     """
     served = served_by(models)
-    assignments, parts, refused = [], [], []
+    assignments, parts = [], []
+    refused: dict[tuple[str, str, float], list[str]] = {}
     for volume in test_volumes(volumes_csv, data_root, em_path, NATIVE):
         name = str(volume["name"])
         if volume["classes"] is None:
             volume = {**volume, "classes": list(classes)}
         for label, target in asked_of(volume, served).items():
-            rows = _assignments(name, label, target, served, models)
+            rows = _assignments(name, label, target, served, models, derive)
             assignments += rows
             for row in rows:
                 limits = [models[model] for model in row["models"] if not models[model]["allow_oversampling"]]
                 least = min((of["max_oversampling"] for of in limits), default=math.inf)
                 if row["ratio"] and row["ratio"] > least * (1 + 1e-6):
-                    refused.append(f"{name} by grid {row['grid']} {row['ratio']:.3g} times")
+                    refused.setdefault((name, row["grid"], row["ratio"]), []).append(label)
         em, target = Path(data_root) / volume["em"], Lattice.from_dict(volume["target"])
         for model, of in models.items():
             mine = service(volume, of["grid"], of["classes"], served, of["max_oversampling"], of["allow_oversampling"])
             if mine.classes:
                 lattice = grid_lattice(target, of["voxel_nm"])
                 parts.append({"volume": name, "model": model} | _part(em, lattice, mine.classes, of, max_upsample))
-    return PredictionPlan(assignments, parts, list(dict.fromkeys(refused)))
+    described = [
+        f"{name} by grid {grid} {ratio:.3g} times ({', '.join(labels)})"
+        for (name, grid, ratio), labels in refused.items()
+    ]
+    return PredictionPlan(assignments, parts, described)
 
 
 def _assignments(
-    volume: str, label: str, target: Lattice, served: Served, models: Mapping[str, Mapping[str, Any]]
+    volume: str,
+    label: str,
+    target: Lattice,
+    served: Served,
+    models: Mapping[str, Mapping[str, Any]],
+    derive: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Return the rows of one class of one volume: one, or one per grid where its parts come from several."""
     row = {
@@ -217,6 +229,8 @@ def _assignments(
         "note": "no model predicts it: zeros",
     }
     by_grid = grids_of(label, target, served)
+    if by_grid and label not in derive and not any(label in grid["classes"] for grid in served.values()):
+        return [row | {"note": "no model predicts it, and it is not in segment.derive: zeros"}]
     answered = {part for parts in by_grid.values() for part in parts}
     rows = []
     for grid, parts in by_grid.items():
@@ -296,7 +310,8 @@ def write_plan(
         shown = "; ".join(plan.refused[:8]) + ("; ..." if len(plan.refused) > 8 else "")
         raise ConfigError(
             f"{volumes_csv}: predicted on many more voxels than are asked for (predict.max_oversampling): {shown}; "
-            "add a model on a coarser grid, take the volumes off the list, or set predict.allow_oversampling"
+            "give these classes to a model on a coarser grid, take their rows off the table, or set "
+            "predict.allow_oversampling"
         )
     for rows, (_, header, path) in zip(texts, tables, strict=True):
         with replacing(path) as partial, open(partial, "w", newline="") as stream:

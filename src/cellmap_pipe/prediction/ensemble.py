@@ -318,6 +318,7 @@ def _average(task: _Task) -> Record:
             for channel, name in enumerate(classes):
                 mean = _mean((readers[source].piece(name, box), weight) for source, weight in weights[name].items())
                 array[channel, z, y, x] = np.rint(mean) if output == "uint8" else mean / np.float32(255)
+        task.sidecar.unlink(missing_ok=True)  # it tells of the store that is replaced now
     write_json(task.sidecar, record)
     logger.info("%s: mean of %d predictions", task.name, len(members))
     return record

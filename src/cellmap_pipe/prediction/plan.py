@@ -64,12 +64,20 @@ def axis_profile(patch: int, blending: str) -> np.ndarray:
 
 
 def axis_windows(
-    size: int, patch: int, overlap: float, blending: str = "gaussian", before: int = 0, after: int = 0
+    size: int,
+    patch: int,
+    overlap: float,
+    blending: str = "gaussian",
+    before: int = 0,
+    after: int = 0,
+    *,
+    even: bool = True,
 ) -> AxisWindows:
-    """Return the windows that cover `size` voxels, evenly spaced and overlapping by `overlap` or a little more.
+    """Return the windows that cover `size` voxels, overlapping by `overlap` or a little more.
 
     before, after: voxels of real context on either side. Windows reach into it as far as that costs no further window;
-    what a patch larger than volume and context lacks is reflected on both sides.
+    what a patch larger than volume and context lacks is reflected on both sides. even: windows are evenly spaced; else
+    all but the last lie a full step apart.
     Raises ConfigError unless 0 <= overlap < 1.
     """
     if not 0 <= overlap < 1:
@@ -82,8 +90,10 @@ def axis_windows(
     span = high - low - patch
     if count == 1:
         starts = [low - (-span) // 2]
-    else:
+    elif even:
         starts = [low + round(i * span / (count - 1)) for i in range(count)]
+    else:
+        starts = [min(low + i * step, high - patch) for i in range(count)]
     weights = np.zeros((count, patch))
     total = np.zeros(size)
     profile = axis_profile(patch, blending)
@@ -104,10 +114,14 @@ def make_plan(
     blending: str = "gaussian",
     context: Sequence[tuple[int, int]] = ((0, 0), (0, 0), (0, 0)),
 ) -> Plan:
-    """Return the windows along z, y and x of a volume of `shape`; context: voxels before and after it on each axis."""
+    """Return the windows along z, y and x of a volume of `shape`; context: voxels before and after it on each axis.
+
+    They are even along z, where the closest two decide how many planes are held. Along y and x, steps of half a patch
+    end where chunks do, and columns cut there share one line of windows, not two.
+    """
     z, y, x = (
-        axis_windows(n, p, overlap, blending, before, after)
-        for n, p, (before, after) in zip(shape3(shape), shape3(patch), context, strict=True)
+        axis_windows(n, p, overlap, blending, before, after, even=axis == 0)
+        for axis, (n, p, (before, after)) in enumerate(zip(shape3(shape), shape3(patch), context, strict=True))
     )
     return z, y, x
 
@@ -127,7 +141,10 @@ def make_plans(
     shape, patch: (z, y, x) in voxels. context: voxels of real image before and after the volume on each axis.
     planes: "z", or "all" for a patch one plane thick, (1, h, w), in isotropic voxels (as `train.planes`): plan i then
     has windows of one voxel along axis i, (1, h, w), (h, 1, w) and (h, w, 1). voxel_nm: voxel size (z, y, x) in nm.
+    Raises ConfigError for other planes.
     """
+    if planes not in ("z", "all"):
+        raise ConfigError(f"predict.planes: unknown '{planes}'; allowed: z, all")
     thickness, h, w = shape3(patch)
     patches = [(thickness, h, w)]
     if planes == "all" and thickness == 1 and isotropic(voxel_nm):
@@ -359,17 +376,14 @@ def columns(
             f"classes: it takes at least {math.ceil(least / 1e7) / 100:g} GB; raise it, or use a smaller patch"
         )
     rows = np.array([len(plan[0].starts) for plan in plans])
+    # more parts do not always mean more windows: it depends on how many reach across the lines where they are cut
+    windows = (rows * np.array([of.windows for of in in_y])) @ np.array([of.windows for of in in_x]).T
     best = (math.inf, 0, 0, 0)  # windows, bytes, parts along y and x
-    for ny, of_y in enumerate(in_y, 1):
-        if need.largest(of_y, in_x[-1]) > limit:
-            continue
-        for nx, of_x in enumerate(in_x, 1):
-            windows = int((rows * of_y.windows * of_x.windows).sum())
-            if windows > best[0]:  # more parts only add windows
-                break
-            taken = need.largest(of_y, of_x)
-            if taken <= limit:
-                best = min(best, (windows, taken, ny, nx))
-                break
+    for ny, nx in zip(*np.unravel_index(np.argsort(windows, axis=None, kind="stable"), windows.shape), strict=True):
+        if windows[ny, nx] > best[0]:
+            break
+        taken = need.largest(in_y[ny], in_x[nx])
+        if taken <= limit:
+            best = min(best, (int(windows[ny, nx]), taken, int(ny) + 1, int(nx) + 1))
     cuts = [_cuts(axis.size, n, a) for axis, n, a in zip((y, x), best[2:], align, strict=True)]
     return [((0, y0, x0), (z.size, y1, x1)) for (y0, y1), (x0, x1) in product(*cuts)]

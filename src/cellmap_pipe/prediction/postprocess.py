@@ -236,6 +236,7 @@ def _segment_volume(prediction: Record, folder: Path, plan: _Plan, revision: int
                     array[first:last] = found.ids(first, last) if instance else found.mask(first, last)
                 if count is not None:
                     objects[name] = count
+        sidecar.unlink(missing_ok=True)  # it tells of the store that is replaced now
     record = {
         "name": prediction["name"],
         "dataset": prediction["dataset"],

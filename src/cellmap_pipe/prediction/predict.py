@@ -251,7 +251,10 @@ def choose_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("device cuda was asked for, but no GPU is to be seen; use auto or cpu")
+        raise ConfigError(
+            "torch sees none of the GPUs that this job was given (no driver, or a torch for CPUs); mend that, or set "
+            "resources.predict.gpus to 0 to predict on the CPU"
+        )
     return torch.device(device)
 
 

@@ -552,7 +552,7 @@ class _Windows:
             for total, answer in zip(mean, logits, strict=True):
                 for kept, channel in enumerate(self._channels):
                     total[kept].add_(self._sigmoid(answer[channel]))
-            del logits
+            del logits, answer  # either would hold them beside those of the next view
         mean /= len(self._symmetries)
         for answer in mean:
             yield iter(answer)
@@ -670,13 +670,15 @@ def predict_array(
     thresholds: one per kept class; the uint8 `out` is then 255 where p exceeds it, else 0. None writes probabilities.
     tta: views of each window that are averaged, see `symmetries`. planes: "z", or "all" to average what a 2D network
     sees across each axis, see `make_plans`. voxel_nm: voxel size (z, y, x) in nm, which decides whether these may be.
-    Raises ConfigError (arguments, geometry, memory), DataError (image not 3-D or not uint8) and PredictionError naming
-    the window (NaN).
+    Raises ConfigError (arguments, geometry, memory), DataError (image not 3-D, empty or not uint8; `valid` of another
+    shape) and PredictionError naming the window (NaN).
     """
-    if len(image.shape) != 3:
-        raise DataError(f"the image has shape {tuple(image.shape)}, expected (z, y, x); pass one 3-D array")
+    if len(image.shape) != 3 or 0 in image.shape:
+        raise DataError(f"the image has shape {tuple(image.shape)}, expected (z, y, x); pass one 3-D array with voxels")
     if np.dtype(image.dtype) != np.uint8:
         raise DataError(f"the image is {image.dtype}, expected uint8; convert it or choose another array")
+    if valid is not None and tuple(valid.shape) != tuple(image.shape):
+        raise DataError(f"valid has shape {tuple(valid.shape)}, the image {tuple(image.shape)}; they must be equal")
     if len(patch) != 3 or min(patch) < 1:
         raise ConfigError(f"patch {tuple(patch)} must be three sizes (z, y, x), each at least 1")
     if batch < 1:

@@ -2,10 +2,13 @@
 
 `{volume}-{fingerprint}.zarr` is a zarr v2 group with OME-NGFF 0.4 metadata; its array `s0` holds probabilities
 (c, z, y, x), see `plan.OUTPUTS`. `{volume}-{fingerprint}.blocks/` beside it holds one small JSON file per finished
-block. Several jobs may write one store: each its own planes.
+block, which counts as finished only while its chunks are on disk: zarr reads a chunk that is gone as zeros. Several
+jobs may write one store: each its own planes.
 """
 
+import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,10 +18,11 @@ from typing import Any
 from uuid import uuid4
 
 import numcodecs
+import numpy as np
 import zarr
 
 from cellmap_pipe.colours import colour_of
-from cellmap_pipe.errors import ContractError
+from cellmap_pipe.errors import CellmapError, ContractError
 from cellmap_pipe.files import read_json, write_json
 from cellmap_pipe.geometry import Lattice, Shape3, shape3
 from cellmap_pipe.prediction.plan import OUTPUTS, Box
@@ -194,10 +198,14 @@ class BlockStore:
         return self.path.with_name(f".partial-{uuid4().hex}-{self.path.name}")
 
     def _is_sound(self) -> bool:
+        """Return whether the store's metadata are there and its own.
+
+        Raises OSError where the disk cannot tell: what cannot be read just now must not be thrown away.
+        """
         try:
-            notes = read_json(self.path / ".zattrs")["cellmap_pipe"]
+            notes = json.loads((self.path / ".zattrs").read_text())["cellmap_pipe"]
             zarr.open_array(str(self.path / ARRAY), mode="r")
-        except (ContractError, KeyError, TypeError, ValueError, OSError):
+        except (KeyError, TypeError, ValueError, FileNotFoundError, NotADirectoryError):
             return False
         return bool(notes.get("fingerprint") == self._fingerprint)
 
@@ -217,7 +225,7 @@ class BlockStore:
         return self._records / ("_".join(map(str, box[0])) + ".json")
 
     def finished(self, box: Box) -> bool:
-        """Return whether the block has been written with this fingerprint."""
+        """Return whether the block has been written with this fingerprint and its chunks are still there."""
         try:
             return bool(read_json(self._record(box)) == self._entry(box))
         except ContractError:
@@ -228,7 +236,61 @@ class BlockStore:
         write_json(self._record(box), self._entry(box))
 
     def _entry(self, box: Box) -> dict[str, Any]:
-        return {"fingerprint": self._fingerprint, "lower": list(box[0]), "upper": list(box[1])}
+        return _block_entry(self.array, self.path, self._fingerprint, box)
+
+
+def _block_entry(array: "zarr.Array[Any]", store: Path, fingerprint: str, box: Box) -> dict[str, Any]:
+    """Return what the record of a finished block says: which it is, number and bytes of its chunks on disk.
+
+    There are none for chunks of zeros.
+    """
+    (z0, y0, x0), (z1, y1, x1) = box
+    channels, (_, depth, height, width) = array.shape[0], array.chunks
+    sizes = []
+    for channel in range(channels):
+        for z in range(z0 // depth, -(-z1 // depth)):
+            for y in range(y0 // height, -(-y1 // height)):
+                row = store / ARRAY / str(channel) / str(z) / str(y)
+                try:
+                    with os.scandir(row) as entries:
+                        sizes += [
+                            entry.stat().st_size
+                            for entry in entries
+                            if entry.name.isdigit() and x0 <= int(entry.name) * width < x1
+                        ]
+                except FileNotFoundError:
+                    continue
+    return {
+        "fingerprint": fingerprint,
+        "lower": list(box[0]),
+        "upper": list(box[1]),
+        "chunks": len(sizes),
+        "bytes": sum(sizes),
+    }
+
+
+def fault_of_probabilities(store: Path, fingerprint: str) -> str:
+    """Return in words what a store lacks of the finished prediction of this fingerprint, "" if nothing."""
+    try:
+        notes = json.loads((store / ".zattrs").read_text())["cellmap_pipe"]
+        array: zarr.Array[Any] = zarr.open_array(str(store / ARRAY), mode="r")
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        return f"missing or damaged ({' '.join(str(error).split())})"
+    if notes.get("fingerprint") != fingerprint:
+        return "is of other weights, EM or settings than its record says"
+    chunk = array.chunks[1:]
+    done = np.zeros([-(-n // c) for n, c in zip(array.shape[1:], chunk, strict=True)], bool)
+    for path in store.with_suffix(".blocks").glob("[0-9]*.json"):
+        try:
+            found = read_json(path)
+            box = shape3(found["lower"]), shape3(found["upper"])
+            if found != _block_entry(array, store, fingerprint, box):
+                continue
+        except (CellmapError, KeyError, TypeError, ValueError):
+            continue
+        done[tuple(slice(lo // c, -(-hi // c)) for lo, hi, c in zip(*box, chunk, strict=True))] = True
+    lost = np.count_nonzero(~done)
+    return f"chunks, or the records of them, are gone in {lost} of {done.size} places" if lost else ""
 
 
 def shares(shapes: Sequence[Shape3], shard: int, shards: int) -> list[tuple[int, int]]:

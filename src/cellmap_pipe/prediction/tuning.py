@@ -5,7 +5,6 @@ keep it: among the others, every group is scored by what the remaining ones lead
 therefore never processed by what it taught.
 """
 
-import csv
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from cellmap_pipe.evaluation.instance import SKIPPED
 from cellmap_pipe.evaluation.rules import get_rules
 from cellmap_pipe.evaluation.tasks import run_tasks
 from cellmap_pipe.files import write_json
-from cellmap_pipe.geometry import Lattice
+from cellmap_pipe.geometry import Lattice, Shape3, shape3
 from cellmap_pipe.machine import usable_gb
 from cellmap_pipe.prediction.ensemble import Probabilities, Record, read_records
 from cellmap_pipe.prediction.hierarchy import repair
@@ -39,6 +38,7 @@ from cellmap_pipe.prediction.instance_search import (
 from cellmap_pipe.prediction.instances import find_objects, smallest_object
 from cellmap_pipe.prediction.postprocess import above
 from cellmap_pipe.prediction.processing import FORMAT, Choice, Processing, choice_to_dict, configured
+from cellmap_pipe.prepare.crops import read_crops
 from cellmap_pipe.prepare.labels import UNKNOWN, LabelReader, empty_means, is_empty, read_label
 from cellmap_pipe.prepare.ngff import chunk_shape
 
@@ -52,6 +52,9 @@ Result = TypeVar("Result")
 LEVELS = (np.arange(255) + 0.5) / 255
 # Those that may be chosen, 0.02 apart: finer steps gain little, and each that is chosen costs a look at the crops.
 CHOICES = np.arange(2, 255, 5)
+# Voxels along the sides of the middle of a crop, which stands for it where objects are looked for: a search in all of a
+# large crop would take hours and tens of gigabytes. Thresholds alone are judged by all of it.
+MIDDLE = 256
 # Instance settings whose distances are measured, the best of all by F1.
 BEST = 20
 # Filters tried of a semantic class, as multiples of its configured ones, or in voxels where none are configured.
@@ -61,6 +64,8 @@ HOLES, HOLE_VOXELS = (0.0, 1.0, 8.0), (0.0, 1000.0)
 FAMILIES = ("threshold", "all")
 # Bytes of working memory per voxel of a crop while filters are measured (measured, with a margin).
 FILTER_BYTES = 28
+# Groups whose scores decide whether something is kept, at least: what fewer gain by may be an accident.
+DECIDING = 3
 # A score that is higher by no more is the same.
 ROUNDING = 1e-9
 # Values of all classes together that the repair is judged on at a time.
@@ -96,6 +101,7 @@ def tune(
     classes: Sequence[str],
     rules: str,
     labels: Mapping[str, Any],
+    folds_csv: str | Path | None = None,
     groups_wanted: int = 5,
     revision: int = 0,
     workers: int = 1,
@@ -104,12 +110,14 @@ def tune(
     """Write how the classes are processed where that raises the challenge's score of crops that were not looked at.
 
     predict_jsons: predictions of validation crops by one model or ensemble. settings: of the segmentation. classes:
-    those that are tuned, beside the groups of settings["derive"]. labels: what all-zero arrays mean. revision: of no
-    effect, it makes the result another one. workers: processes, together within `memory_gb` (see machine.usable_gb).
+    those that are tuned, beside the groups of settings["derive"]. labels: what all-zero arrays mean. folds_csv:
+    what `splits.write_folds` wrote: crops that it keeps together, as neighbours show the same cell, are in one group.
+    revision: of no effect, it makes the result another one. workers: processes, together within `memory_gb` (see
+    machine.usable_gb).
     A class with a threshold in settings["thresholds"] keeps it; so does a derived group of which a part has one. Of a
     semantic class the pooled IoU counts, of an instance class the combined score by `rules`, a crop that the evaluator
     would skip counting as all missed. The repair is judged by the mean over classes of the pooled IoU of their masks,
-    before filters. A class that is annotated in fewer than two crops stays as configured.
+    before filters. A class that is annotated in fewer than DECIDING groups, or present in none, stays as configured.
     Result: what `processing.read_tuned` reads, and report {class: kind, n_crops, score_default, score_tuned
     (each group as the others led to), kept, overall, cause}, repair {score_default, score_tuned, kept},
     failed ["crop/class: cause"].
@@ -122,6 +130,7 @@ def tune(
         {task.crop: {t.name for t in tasks if t.crop == task.crop} for task in tasks},
         {task.crop: task.lattice.voxels for task in tasks},
         groups_wanted,
+        {row["crop"]: row["group"] for row in read_crops(folds_csv)} if folds_csv else None,
     )
     runner = _Runner(workers, usable_gb(memory_gb))
     evidence = _survey_all(tasks, groups, settings, rules, runner)
@@ -165,8 +174,7 @@ def _labels(
     """Return what is both predicted and annotated, by crop."""
     for name in (*classes, *settings["derive"]):
         get_class(name)
-    with open(crops_csv, newline="") as stream:
-        crops = {row["crop"]: row for row in csv.DictReader(stream)}
+    crops = {row["crop"]: row for row in read_crops(crops_csv)}
     tasks = []
     for crop, records in sorted(read_records(predict_jsons).items()):
         predicted = [record for record in records if record["status"] == "ok"]
@@ -192,24 +200,31 @@ def _labels(
     return tasks
 
 
-def deal(classes: Mapping[str, set[str]], voxels: Mapping[str, int], wanted: int) -> dict[str, int]:
+def deal(
+    classes: Mapping[str, set[str]], voxels: Mapping[str, int], wanted: int, together: Mapping[str, str] | None = None
+) -> dict[str, int]:
     """Return the group, 0, 1, ... (at most `wanted`), of each crop: of each class every group has about as many voxels.
 
-    classes: annotated in each crop. The largest crops are dealt first, each to the group that has least of its classes.
+    classes: annotated in each crop. together: crops of one value are dealt to one group, those without are alone. The
+    largest are dealt first, each to the group that has least of their classes.
     """
-    order = sorted(classes, key=lambda crop: (-voxels[crop], crop))
+    units: dict[str, list[str]] = {}
+    for crop in sorted(classes):
+        units.setdefault((together or {}).get(crop, crop), []).append(crop)
+    order = sorted(units.values(), key=lambda crops: (-sum(voxels[crop] for crop in crops), crops))
     n = min(wanted, len(order))
     total = {
-        name: sum(voxels[crop] for crop in order if name in classes[crop]) for name in set().union(*classes.values())
+        name: sum(voxels[crop] for crop in classes if name in classes[crop]) for name in set().union(*classes.values())
     }
     load: list[dict[str, float]] = [dict.fromkeys(total, 0.0) for _ in range(n)]
     groups = {}
-    for crop in order:
-        names = sorted(classes[crop])
+    for crops in order:
+        names = sorted(set().union(*(classes[crop] for crop in crops)))
         group = min(range(n), key=lambda i: (sum(load[i][name] for name in names), sum(load[i].values()), i))
-        groups[crop] = group
-        for name in names:
-            load[group][name] += voxels[crop] / total[name]
+        for crop in crops:
+            groups[crop] = group
+            for name in sorted(classes[crop]):
+                load[group][name] += voxels[crop] / total[name]
     used = sorted(set(groups.values()))
     return {crop: used.index(group) for crop, group in sorted(groups.items())}
 
@@ -301,11 +316,22 @@ class _Crop:
         known = states != UNKNOWN
         return values * known, known
 
-    def whole(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return 255 p, ids and the mask of known voxels of the whole crop."""
-        slabs = [(self.probabilities(*slab), *self.truth(*slab)) for slab in self.slabs()]
-        p, truth, known = (np.concatenate(arrays) for arrays in zip(*slabs, strict=True))
-        return p, truth, known
+    def middle(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return 255 p, ids and the mask of known voxels of the middle of the crop, of at most MIDDLE voxels a side."""
+        lower = shape3([(n - side) // 2 for n, side in zip(self.lattice.shape, _middle(self.lattice), strict=True)])
+        upper = shape3([a + side for a, side in zip(lower, _middle(self.lattice), strict=True)])
+        p = self._probabilities.piece(self._parts[0], (lower, upper))
+        for part in self._parts[1:]:
+            p = np.maximum(p, self._probabilities.piece(part, (lower, upper)))
+        values, states = self._truth.read(lower, upper)
+        check_truth(values)
+        known = states != UNKNOWN
+        return p, values * known, known
+
+
+def _middle(lattice: Lattice) -> Shape3:
+    """Return the shape of the part of a crop that objects are looked for in."""
+    return shape3([min(n, MIDDLE) for n in lattice.shape])
 
 
 @dataclass(frozen=True)
@@ -325,7 +351,7 @@ def _survey(task: _Task) -> np.ndarray | Table | None:
         return None
     crop = _Crop(task.label)
     if is_instance(task.label.name):
-        return search_table(*crop.whole(), crop.lattice.voxel_nm, task.settings, task.rules)
+        return search_table(*crop.middle(), crop.lattice.voxel_nm, task.settings, task.rules)
     histogram = np.zeros((2, 256), np.int64)
     for slab in crop.slabs():
         truth, known = crop.truth(*slab)
@@ -352,7 +378,7 @@ def counts_above(histograms: np.ndarray) -> np.ndarray:
 def _measure(task: _Task) -> np.ndarray:
     """Return tp, fp, fn, sum of normalised distances and their number of every setting, float64 (n, 5)."""
     crop = _Crop(task.label)
-    p, truth, known = crop.whole()
+    p, truth, known = crop.middle()
     if is_instance(task.label.name):
         records = full_records(p, truth, known, crop.lattice.voxel_nm, task.settings, task.rules)
         n_truth = len(np.unique(truth[truth > 0]))
@@ -361,7 +387,7 @@ def _measure(task: _Task) -> np.ndarray:
         return np.array(
             [missed if record["status"] == SKIPPED else [record[key] for key in keys] for record in records], np.float64
         ).reshape(-1, 5)
-    return measure_filters(p, truth > 0, known, crop.lattice, task.settings)
+    return measure_filters(p, truth > 0, known, replace(crop.lattice, shape=p.shape), task.settings)
 
 
 def measure_filters(
@@ -413,11 +439,18 @@ class _Evidence:
         self.name, self.default = labels[0].name, default
         self.instance = is_instance(self.name)
         self._surveys, self._groups, self._fixed = surveys, groups, fixed
-        self.cause = "" if len(self.labels) > 1 else _too_few(len(self.labels))
+        self.cause = self._too_few()
         self.settings: list[Processing] = [default]
         self._index: dict[Processing, int] = {}
         self._counts: dict[int, np.ndarray] = {}
         self._memory: dict[tuple[Groups, str], list[Processing]] = {}
+
+    def _too_few(self) -> str:
+        """Return why the class cannot be tuned, "" if it is annotated in enough groups."""
+        crops, groups = len(self.labels), len({self._groups[label.crop] for label in self.labels})
+        if groups >= DECIDING:
+            return ""
+        return f"annotated in {crops} crop{'' if crops == 1 else 's'} of {groups} groups; at least {DECIDING} decide"
 
     def groups(self, among: Groups) -> Groups:
         """Return those groups of `among` that annotate the class."""
@@ -477,8 +510,13 @@ class _Evidence:
         for label in self.labels:
             group = self._groups[label.crop]
             self._counts[group] = self._counts.get(group, 0) + counts[label.crop]
-        if len(self.labels) < 2:
-            self.cause = _too_few(len(self.labels))
+        self.cause = self._too_few()
+        if not self.cause and not self._present(frozenset(self._counts)):
+            self.cause = f"absent from all {len(self.labels)} crops"
+
+    def _present(self, among: Groups) -> bool:
+        """Return whether the class is anywhere in the crops of some groups."""
+        return any(self._counts[group][self._index[self.default]][[0, 2]].sum() > 0 for group in self.groups(among))
 
     def _score(self, counts: np.ndarray) -> float:
         return float(pooled_score(counts, self.instance))
@@ -487,27 +525,45 @@ class _Evidence:
         return self._score(sum(self._counts[group][self._index[self.default]] for group in self.groups(among)))
 
     def choose(self, among: Groups, family: str) -> Processing:
-        """Return the setting of a family that scores best on some groups, of equal ones the first in the shortlist."""
+        """Return the setting of a family that scores best on some groups, of equal ones the first in the shortlist.
+
+        The default where none of them has the class: there the best setting is the one that finds nothing.
+        """
         among = self.groups(among)
-        if not among:
+        if not self._present(among):
             return self.default
         found = [how for how in self.shortlist(among, family) if how in self._index]  # all, unless a crop failed since
         pooled = np.sum([self._counts[group] for group in among], axis=0)
         return found[int(np.argmax(pooled_score(pooled[[self._index[how] for how in found]], self.instance)))]
 
-    def cross_fitted(self, among: Groups, family: str) -> float:
-        """Return the score of groups each of which is processed as the others of `among` led to."""
+    def _others_choices(self, among: Groups, family: str) -> dict[int, Processing]:
+        """Return by group of `among` the setting that the others of them lead to."""
         among = self.groups(among)
-        chosen = {group: self.choose(among - {group}, family) for group in among}
+        return {group: self.choose(among - {group}, family) for group in among}
+
+    def _pooled(self, chosen: Mapping[int, Processing]) -> float:
+        """Return the score of groups, each by its setting."""
         return self._score(sum(self._counts[group][self._index[how]] for group, how in chosen.items()))
 
+    def _gains(self, chosen: Mapping[int, Processing]) -> int:
+        """Return how many more groups gain by their settings, over the default, than lose."""
+        changes = [
+            self._pooled({group: how}) - self._default_score(frozenset({group})) for group, how in chosen.items()
+        ]
+        return sum((change > ROUNDING) - (change < -ROUNDING) for change in changes)
+
     def kept(self, among: Groups) -> str:
-        """Return the family whose choice is kept by the groups `among` alone, "" if the default scores as well."""
-        if self.cause or len(self.groups(among)) < 2:
+        """Return the family whose choice is kept by the groups `among` alone, "" if the default is.
+
+        The better one of those that raise the score of groups that were not looked at, all together and of more groups
+        than lose: with few crops, one may outweigh the others by its size.
+        """
+        if self.cause or len(self.groups(among)) < DECIDING:
             return ""
-        scores = {family: self.cross_fitted(among, family) for family in FAMILIES}
-        best = max(FAMILIES, key=lambda family: scores[family])
-        return best if scores[best] > self._default_score(among) + ROUNDING else ""
+        chosen = {family: self._others_choices(among, family) for family in FAMILIES}
+        scores = {family: self._pooled(of) for family, of in chosen.items() if self._gains(of) > 0}
+        best = max(scores, key=lambda family: scores[family], default="")
+        return best if best and scores[best] > self._default_score(among) + ROUNDING else ""
 
     def final(self, among: Groups) -> Processing:
         """Return what the groups `among` lead to."""
@@ -522,17 +578,16 @@ class _Evidence:
     def held_out(self, every: Groups) -> float | None:
         """Return the score of crops none of which had a part in how it is processed; None without any crop.
 
-        With two groups, of which neither can be cross-fitted alone, each is processed by what the other one led to.
+        Where the others of a group are too few to decide, it is processed as they led to all the same.
         """
         if not self.labels:
             return None
         groups = self.groups(every)
         if self.cause or len(groups) < 2:
             return self._default_score(every)
-        if len(groups) == 2:
-            return max(self.cross_fitted(every, family) for family in FAMILIES)
-        chosen = {group: self.final(every - {group}) for group in groups}
-        return self._score(sum(self._counts[group][self._index[how]] for group, how in chosen.items()))
+        if len(groups) <= DECIDING:
+            return max(self._pooled(self._others_choices(every, family)) for family in FAMILIES)
+        return self._pooled({group: self.final(every - {group}) for group in groups})
 
     def overall(self, every: Groups) -> Processing:
         """Return what all groups lead to; the default unless it raises their score held out as well."""
@@ -551,10 +606,6 @@ class _Evidence:
             "overall": how.to_dict(),
             "cause": self.cause,
         }
-
-
-def _too_few(crops: int) -> str:
-    return f"annotated in {crops} crop{'' if crops == 1 else 's'}"
 
 
 def _usual_voxel(labels: Sequence[_Label]) -> tuple[float, float, float]:
@@ -580,7 +631,7 @@ def _survey_all(
             tried = [how for how in tried if not fixed or how.threshold == default.threshold]
         for label in labels:
             surveys[f"{label.crop}/{name}"] = _Task(label, tuple(tried), rules)
-            costs[f"{label.crop}/{name}"] = label.lattice.voxels * BYTES_PER_VOXEL if tried else _slab_bytes(label)
+            costs[f"{label.crop}/{name}"] = _middle_bytes(label) if tried else _slab_bytes(label)
     found = runner(_survey, surveys, costs)
     evidence = {}
     for name, labels in by_class.items():
@@ -612,12 +663,16 @@ def _slab_bytes(label: _Label) -> int:
     return 40 * 64 * math.prod(label.lattice.shape[1:])
 
 
+def _middle_bytes(label: _Label) -> int:
+    return math.prod(_middle(label.lattice)) * (BYTES_PER_VOXEL if is_instance(label.name) else FILTER_BYTES)
+
+
 def _measure_all(evidence: Mapping[str, _Evidence], rules: str, runner: _Runner) -> None:
     tasks, costs = {}, {}
     for name, item in evidence.items():
         for label in item.labels:
             tasks[f"{label.crop}/{name}"] = _Task(label, tuple(item.settings), rules)
-            costs[f"{label.crop}/{name}"] = label.lattice.voxels * (BYTES_PER_VOXEL if item.instance else FILTER_BYTES)
+            costs[f"{label.crop}/{name}"] = _middle_bytes(label)
     found = runner(_measure, tasks, costs)
     for name, item in evidence.items():
         names = {label.crop: f"{label.crop}/{name}" for label in item.labels}

@@ -118,6 +118,18 @@ def test_volumes(volumes_csv: str | Path, data_root: str | Path, em_path: str, v
         em = f"{dataset}/{dataset}.zarr/{em_path}"
         target = _target(rows, volumes_csv, Path(data_root) / em)
         classes = list(dict.fromkeys(rows["class_label"]))
+        asked = {
+            str(label): _target(of_class, volumes_csv, Path(data_root) / em)
+            for label, of_class in rows.groupby("class_label", sort=False)
+            if label
+        }
+        for asked_for, lattice in asked.items():
+            ends = zip(lattice.upper_nm, target.upper_nm, lattice.voxel_nm, strict=True)
+            if any(end > whole + voxel for end, whole, voxel in ends):
+                raise ConfigError(
+                    f"{volumes_csv}: {name}: the box of {asked_for} reaches beyond that of its finest rows; give "
+                    "classes of another box a crop_name of their own"
+                )
         volumes.append(
             {
                 "name": name,
@@ -126,11 +138,7 @@ def test_volumes(volumes_csv: str | Path, data_root: str | Path, em_path: str, v
                 "lattice": grid_lattice(target, voxel_nm).to_dict(),
                 "target": target.to_dict(),
                 "classes": None if "" in classes else classes,
-                "asked": {
-                    label: _target(of_class, volumes_csv, Path(data_root) / em).to_dict()
-                    for label, of_class in rows.groupby("class_label", sort=False)
-                    if label
-                },
+                "asked": {label: lattice.to_dict() for label, lattice in asked.items()},
             }
         )
     if not volumes:

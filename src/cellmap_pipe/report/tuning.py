@@ -36,26 +36,34 @@ def write_tuning(tuned_jsons: Sequence[Path], out_html: Path) -> None:
     """
     parts = [
         paragraph(
-            "Thresholds, holes and least sizes, and for classes that are scored by instance also splits, were chosen "
-            "by the challenge's score on validation crops. The crops are dealt into groups, and each group is scored "
-            "by what the others led to; only what raises that score is kept. All scores are without unit. Click on a "
-            "column's head to sort; hover over it for its meaning."
+            "Thresholds and least sizes, holes of classes that are scored by voxel and splits of those that are "
+            "scored by instance were chosen by the challenge's score on validation crops. The crops are dealt into "
+            "groups, and each group is scored by what the others led to; only what raises that score is kept. The "
+            "scores in the tables are of single classes, before masks are made consistent, and without unit. Click on "
+            "a column's head to sort; hover over it for its meaning."
         )
     ]
     for path in tuned_jsons:
         content = read_json(path, REMEDY)
         rows = [_row(name, content["report"][name]) for name in CLASSES if name in content["report"]]
         source = FilePath(path).stem
-        repair = "are" if content["overall"]["repair"] else "are not"
         parts += [
             heading(source),
-            paragraph(f"{len(content['groups'])} crops; masks of different classes {repair} made consistent."),
+            paragraph(f"{len(content['groups'])} crops; masks of different classes {_repair(content)}."),
             table(COLUMNS, rows, name=source),
         ]
         if content["failed"]:
             left_out = [[str(line)] for line in content["failed"]]
             parts += [table([Column("left out")], left_out, name=f"{source}_failed")]
     write_text(out_html, page("Post-processing", parts))
+
+
+def _repair(content: Mapping[str, Any]) -> str:
+    made = "are made consistent" if content["overall"]["repair"] else "are not made consistent"
+    before, after = content["repair"]["score_default"], content["repair"]["score_tuned"]
+    if before is None or after is None:
+        return made
+    return f"{made} (mean IoU of the masks {before:.4f} as they are, {after:.4f} made consistent)"
 
 
 def _row(name: str, entry: Mapping[str, Any]) -> list[Content]:
