@@ -5,10 +5,12 @@
 Every case runs in a process of its own, on one thread, with patches of 128 voxels per axis that overlap by half, 14
 classes, input and output zarr arrays on disk, the output in the chunks and the compression of the pipeline. The null
 network returns a fresh clone of a smooth field of logits; what it takes (CPU-seconds of its thread) counts as network
-and is subtracted. Memory is the process's peak (VmHWM) over that of the interpreter with all libraries loaded, so that
-the network's own field is in it.
+and is subtracted. Memory is the process's peak (VmHWM) over that of the interpreter with all libraries loaded; that
+fresh clone is in it.
 - stitch: CPU-seconds of our prediction over those of MONAI's `sliding_window_inference` (same network, input read from
-  the same array) followed by sigmoid, conversion to uint8 and the same write.
+  the same array), conversion to uint8 and the same write. Both blend probabilities: the sigmoid of every window counts
+  as stitching on both sides. "stitch ... logits" is for comparison: MONAI blends logits there, which is another result,
+  with one sigmoid at the end; it has no target.
 - unet: share of the CPU time that is not the network's, for MONAI's UNet (16, 32, 64, 128).
 - growth: of the peak with depth, 256 x 256 x D. memory: of 400^3, without a bound and with memory_gb 1.
 - windows: of the plan of the largest training crop, both ways round, over those of one column.
@@ -18,6 +20,7 @@ The last line is one JSON object: name, ratios (of values to their limits, but s
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -58,13 +61,12 @@ class Null(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         field = torch.from_numpy(smooth(np.random.default_rng(0), PATCH, 8)).mul_(2)
-        rolled = [field.roll(9 * channel, 2) for channel in range(CLASSES)]
-        self.field = nn.Parameter(torch.stack(rolled)[None], requires_grad=False)
+        self.field = nn.Parameter(field.expand(1, CLASSES, *field.shape), requires_grad=False)
         self.seconds = 0.0
 
     def forward(self, images: Tensor) -> Tensor:
         begin = time.thread_time()
-        logits = self.field.clone()
+        logits = self.field.clone(memory_format=torch.contiguous_format)
         self.seconds += time.thread_time() - begin
         return logits
 
@@ -112,17 +114,24 @@ def new_output(path: Path, shape: tuple[int, ...]) -> "zarr.Array[Any]":
         compressors=numcodecs.Blosc("lz4", 1, numcodecs.Blosc.NOSHUFFLE),
         zarr_format=2,
         chunk_key_encoding={"name": "v2", "separator": "/"},
+        config={"write_empty_chunks": True},
     )
 
 
-def by_monai(network: nn.Module, image: "zarr.Array[Any]", out: "zarr.Array[Any]") -> None:
-    """Predict with MONAI, then convert in place and write."""
+def by_monai(network: nn.Module, image: "zarr.Array[Any]", out: "zarr.Array[Any]", *, logits: bool) -> None:
+    """Predict with MONAI, then convert in place and write. logits: blend them, not probabilities."""
+
+    def predictor(images: Tensor) -> Tensor:
+        answer: Tensor = network(images)
+        return answer if logits else answer.sigmoid_()
+
     whole = torch.from_numpy(image[:].astype(np.float32))[None, None].div_(255)
     with torch.inference_mode():
-        logits = sliding_window_inference(whole, (PATCH,) * 3, 1, network, overlap=0.5, mode="gaussian")
+        blended = sliding_window_inference(whole, (PATCH,) * 3, 1, predictor, overlap=0.5, mode="gaussian")
         for first in range(0, image.shape[0], CHUNK[1]):
-            part = logits[0, :, first : first + CHUNK[1]]
-            out[:, first : first + CHUNK[1]] = part.sigmoid_().mul_(255).add_(0.5).to(torch.uint8).numpy()
+            part = blended[0, :, first : first + CHUNK[1]]
+            part = part.sigmoid_() if logits else part
+            out[:, first : first + CHUNK[1]] = part.mul_(255).add_(0.5).to(torch.uint8).numpy()
 
 
 def play(case: dict[str, Any]) -> dict[str, float]:
@@ -135,7 +144,7 @@ def play(case: dict[str, Any]) -> dict[str, float]:
         network: Any = Timed() if case["network"] == "unet" else Null()
         begin = time.process_time(), time.perf_counter()
         if case["by"] == "monai":
-            by_monai(network, image, out)
+            by_monai(network, image, out, logits=case.get("logits", False))
         else:
             predict_array(network, image, patch=(PATCH,) * 3, out=out, memory_gb=case.get("memory_gb"))
         cpu, wall = time.process_time() - begin[0], time.perf_counter() - begin[1]
@@ -206,6 +215,8 @@ def main() -> int:
     for n in (256,) if options.quick else (256, 400):
         ours, monai = (measure(by, (n, n, n)) for by in ("ours", "monai"))
         ratios[f"stitch {n}"], targets[f"stitch {n}"] = besides(ours) / besides(monai), STITCH[n]
+        ratios[f"stitch {n} logits"] = besides(ours) / besides(measure("monai", (n, n, n), logits=True))
+        targets[f"stitch {n} logits"] = math.inf
         if n == 400:
             ratios["memory 400"] = ours["peak_mb"] / 1e3 / MEMORY_GB[None]
     if not options.quick:
@@ -222,7 +233,8 @@ def main() -> int:
     targets |= {name: 1.0 for name in ratios if name not in targets}
     ok = all(ratios[name] <= target for name, target in targets.items())
     rounded = {name: round(value, 3) for name, value in ratios.items()}
-    print(json.dumps({"name": "predict", "ratios": rounded, "targets": targets, "ok": ok}))
+    limits = {name: target for name, target in targets.items() if target < math.inf}
+    print(json.dumps({"name": "predict", "ratios": rounded, "targets": limits, "ok": ok}))
     return 0 if ok else 1
 
 

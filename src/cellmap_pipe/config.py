@@ -220,6 +220,7 @@ class Config:
                     "batch": model.predict["batch"],
                     "classes": len(model.classes),
                     "memory_gb": model.predict["memory_gb"],
+                    **{key: model.predict[key] for key in ("planes", "output", "tta")},
                 }
                 for model in models
                 if model.grid == grid

@@ -242,6 +242,16 @@ def test_too_many_voxels_are_refused_with_volumes_and_factors(
     assert [row["ratio"] for row in assigned] == ["64", "64"] and len(parts) == 2
 
 
+def test_a_class_that_no_model_of_the_grid_for_such_voxels_predicts_is_zeros_and_named(
+    plan: Callable[..., list[list[dict[str, str]]]],
+) -> None:
+    rows = [f"1,jrc_x,{name},[32;32;32],[16;16;16],[10;10;10]" for name in ("pm", "nuc")]
+    assigned, parts = plan(rows, a=model(8, ["pm", "nuc"]), b=model(32, ["nuc"]))
+    notes = {row["class"]: (row["grid"], row["note"]) for row in assigned}
+    assert notes == {"pm": ("g8", "only grid g8 predicts it, on 64 times the voxels: zeros"), "nuc": ("g32", "")}
+    assert [(row["model"], row["classes"]) for row in parts] == [("b", "1")]
+
+
 def test_em_that_cannot_be_read_is_a_row_with_its_cause(plan: Callable[..., list[list[dict[str, str]]]]) -> None:
     rows = [f"1,{dataset},pm,[8;8;8],[4;4;4],[8;8;8]" for dataset in ("jrc_gone", "jrc_x")]
     assigned, parts = plan(rows, a=model(8, ["pm"]))

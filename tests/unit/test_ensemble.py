@@ -189,7 +189,7 @@ def test_shards_of_one_prediction_name_a_volume_once(tmp_path: Path) -> None:
     with pytest.raises(ContractError, match=r"shard1.json: says another fingerprint of x/crop1 .*model a.*-R predict"):
         read_records([index, second])
     write_json(second, {**listing, "model": "b", "shard": 0, "shards": 1, "records": other})
-    with pytest.raises(ContractError, match="model a, fold 0: its shards are 0 of 2: not one prediction.*-R predict"):
+    with pytest.raises(ContractError, match=r"model a, fold 0: its shards are 0 of 2: not one prediction.*-R predict"):
         read_records([index, second])
     write_json(index, {**listing, "shard": 0, "shards": 1})
     assert [record["model"] for record in read_records([index, second])["x/crop1"]] == ["a", "b"]

@@ -15,9 +15,10 @@ from cellmap_pipe.prepare.quality import judge, needed_memory, read_verdicts, wr
 
 SETTINGS = {"min_em_fraction": 0.5, "min_std": 2.0, "max_train_gb": None, "max_predict_gb": None}
 CLASSES = ["pm", "mito"]
+USUAL = {"memory_gb": None, "planes": "all", "output": "uint8", "tta": 1}
 MODELS = [
-    {"name": "small", "patch": [16, 16, 16], "overlap": 0.5, "batch": 1, "classes": 2},
-    {"name": "large", "patch": [32, 32, 32], "overlap": 0.5, "batch": 2, "classes": 2},
+    {"name": "small", "patch": [16, 16, 16], "overlap": 0.5, "batch": 1, "classes": 2, **USUAL},
+    {"name": "large", "patch": [32, 32, 32], "overlap": 0.5, "batch": 2, "classes": 2, **USUAL},
 ]
 IN_PLACE = {"verdict": "in place", "shift": [0, 0, 0], "scale": 1, "margin": 1.5}
 

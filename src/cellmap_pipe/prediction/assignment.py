@@ -177,7 +177,9 @@ def prediction_plan(
     models: by name {grid, voxel_nm, classes, patch, overlap, blending, batch, memory_gb, tta, planes, output,
     max_oversampling, allow_oversampling}. classes: those that a volume which names none is asked for. derive: groups
     that are formed of their parts; of others that no model predicts the parts are no answer.
-    A volume whose EM cannot be read has the cause in its rows. Raises ConfigError for a fault of the table.
+    A class that only a grid with too many voxels predicts is refused, unless some other grid would do: then no model of
+    that one predicts the class, and it is zeros. A volume whose EM cannot be read has the cause in its rows.
+    Raises ConfigError for a fault of the table.
     """
     served = served_by(models)
     assignments, parts = [], []
@@ -192,8 +194,12 @@ def prediction_plan(
             for row in rows:
                 limits = [models[model] for model in row["models"] if not models[model]["allow_oversampling"]]
                 least = min((of["max_oversampling"] for of in limits), default=math.inf)
-                if row["ratio"] and row["ratio"] > least * (1 + 1e-6):
+                if not row["ratio"] or row["ratio"] <= least * (1 + 1e-6):
+                    continue
+                if min(oversampling(grid["voxel_nm"], target) for grid in served.values()) > least * (1 + 1e-6):
                     refused.setdefault((name, row["grid"], row["ratio"]), []).append(label)
+                else:  # a grid for such voxels is there, without this class
+                    row["note"] = f"only grid {row['grid']} predicts it, on {row['ratio']:.3g} times the voxels: zeros"
         em, target = Path(data_root) / volume["em"], Lattice.from_dict(volume["target"])
         for model, of in models.items():
             mine = service(volume, of["grid"], of["classes"], served, of["max_oversampling"], of["allow_oversampling"])

@@ -19,7 +19,7 @@ from cellmap_pipe.evaluation.challenge import aggregate
 from cellmap_pipe.files import digest, read_json, remove_partials, replacing, write_json
 from cellmap_pipe.geometry import Lattice, Shape3, nearest_grid, shape3
 from cellmap_pipe.prediction.plan import Box
-from cellmap_pipe.prediction.store import create_probabilities, file_stem, open_probabilities, remove_unlisted
+from cellmap_pipe.prediction.store import ARRAY, create_probabilities, file_stem, open_probabilities, remove_unlisted
 from cellmap_pipe.prepare.resample import apply_weights, lattice_weights
 
 logger = logging.getLogger(__name__)
@@ -309,7 +309,7 @@ def _average(task: _Task) -> Record:
         "weights": weights,
         "unweighted": [name for name, (_, by_scores) in decided.items() if not by_scores],
     }
-    if task.store.is_dir() and task.sidecar.is_file() and read_json(task.sidecar) == record:
+    if (task.store / ARRAY / ".zarray").is_file() and task.sidecar.is_file() and read_json(task.sidecar) == record:
         return record
     with replacing(task.store) as partial:
         array = create_probabilities(partial, task.name, lattice, classes, {"fingerprint": fingerprint}, output=output)

@@ -17,6 +17,7 @@ import zarr
 from cellmap_pipe.classes import CLASSES, get_class, parts_of
 from cellmap_pipe.config import RESULT_VERSIONS
 from cellmap_pipe.errors import CellmapError, ContractError
+from cellmap_pipe.evaluation.container import MASK_ARRAY
 from cellmap_pipe.files import digest, read_json, remove_partials, replacing, write_json
 from cellmap_pipe.geometry import Lattice, Shape3, shape3
 from cellmap_pipe.machine import usable_gb
@@ -200,16 +201,16 @@ def _segment_volume(prediction: Record, folder: Path, plan: _Plan, revision: int
             "not_derived": plan.not_derived,
         }
     )
-    if store.is_dir() and sidecar.is_file() and read_json(sidecar)["fingerprint"] == fingerprint:
+    there = all((store / name / MASK_ARRAY / ".zarray").is_file() for name in plan.parts)
+    if there and sidecar.is_file() and read_json(sidecar)["fingerprint"] == fingerprint:
         return dict(read_json(sidecar))
     whole = [name for name in plan.parts if _needs_objects(name, plan.processing[name], target)]
     marks = {name: {"approximate": lacking} for name, lacking in plan.approximate.items()}
     objects = {}
     with (
         replacing(store) as temporary,
-        TemporaryDirectory(
-            prefix=".partial-", dir=folder
-        ) as scratch,  # of a killed job `remove_partials` knows it by that
+        # by its name `remove_partials` knows that of a killed job
+        TemporaryDirectory(prefix=".partial-", dir=folder) as scratch,
     ):
         group = create_labels(temporary, list(plan.parts), {"fingerprint": fingerprint})
         arrays = {

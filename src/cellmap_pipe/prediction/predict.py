@@ -237,7 +237,10 @@ def _hopeless(
                 f"{free:.3g} GB are free; make room and run again, finished blocks are kept"
             )
         if isinstance(cause, torch.OutOfMemoryError):
-            return f"the GPU's memory ran out; lower predict.batch (now {used.batch}) and run again"
+            return (
+                f"the GPU's memory ran out; lower predict.batch (now {used.batch}) and run again; with another batch "
+                "the last bit of a probability may differ, so finished blocks are done again"
+            )
         if isinstance(cause, MemoryError) or "DefaultCPUAllocator" in str(cause):
             return (
                 f"memory ran out; set predict.memory_gb lower (now {used.memory_gb}) or give the job more "

@@ -30,6 +30,8 @@ from cellmap_pipe.prediction.plan import OUTPUTS, Box
 logger = logging.getLogger(__name__)
 
 ARRAY = "s0"
+# To look whether a chunk is empty takes longer than to write it
+WRITING: Any = {"write_empty_chunks": True}
 CHUNK: Shape3 = (64, 128, 128)
 
 _STORE = re.compile(r"(.+)-([0-9a-f]{12})")
@@ -140,6 +142,7 @@ def create_probabilities(
         ),
         chunk_key_encoding={"name": "v2", "separator": "/"},
         fill_value=0,
+        config=WRITING,
     )
 
 
@@ -192,7 +195,7 @@ class BlockStore:
             f".partial-*-{self.path.name}"
         ):  # whoever is still at it uses the one that is there
             shutil.rmtree(abandoned, ignore_errors=True)
-        self.array: zarr.Array[Any] = zarr.open_array(str(self.path / ARRAY), mode="r+")
+        self.array: zarr.Array[Any] = zarr.open_array(str(self.path / ARRAY), mode="r+").with_config(WRITING)
 
     def _temporary(self) -> Path:
         return self.path.with_name(f".partial-{uuid4().hex}-{self.path.name}")

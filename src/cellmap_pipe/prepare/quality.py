@@ -172,31 +172,34 @@ def read_verdicts(quality_csv: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def _prediction_bytes(box: Lattice, model: Mapping[str, Any]) -> int:
-    """Return the host memory that a prediction of a box takes at most, as `prediction.predict` plans it.
+    """Return the host memory that a prediction of a box takes at most (to 2 %), as `prediction.predict` plans it.
 
-    How much EM lies round the crop is not known here: its windows overlap most along z without any, and see most of y
-    and x with a patch of it on every side.
+    How much EM lies round the crop is not known here: windows see most of y and x with a patch of it on every side;
+    along z they overlap most without any, and finish most planes at once with some.
     """
-    reach = max(model["patch"][1:])
-    plans = make_plans(
-        box.shape,
-        model["patch"],
-        model["overlap"],
-        context=[(0, 0), (reach, reach), (reach, reach)],
-        planes=model.get("planes", "z"),
-        voxel_nm=box.voxel_nm,
-    )
-    need = estimate_bytes(
-        plans,
-        ((0, 0, 0), box.shape),
-        model["classes"],
-        min(CHUNK[0], box.shape[0]),
-        model["batch"],
-        READ_PLANES,
-        output=model.get("output", "uint8"),
-        symmetries=model.get("tta", 1),
-    )
-    limit_gb = model.get("memory_gb")
+    reach = max(model["patch"])
+    need = 0
+    for before_and_after in ((0, 0), (reach, reach)):
+        plans = make_plans(
+            box.shape,
+            model["patch"],
+            model["overlap"],
+            context=[before_and_after, (reach, reach), (reach, reach)],
+            planes=model["planes"],
+            voxel_nm=box.voxel_nm,
+        )
+        bytes_needed = estimate_bytes(
+            plans,
+            ((0, 0, 0), box.shape),
+            model["classes"],
+            min(CHUNK[0], box.shape[0]),
+            model["batch"],
+            READ_PLANES,
+            output=model["output"],
+            symmetries=model["tta"],
+        )
+        need = max(need, bytes_needed)
+    limit_gb = model["memory_gb"]
     return need if limit_gb is None else min(need, round(limit_gb * 1e9))  # cut into columns that keep to it
 
 
