@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, product
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -298,6 +298,7 @@ class _Sums:
         self._scratch = _buffer((block,), torch.float32, device)
         self._weights = [[torch.from_numpy(axis.weights).to(device) for axis in plan] for plan in plans]
         self._scale = scale / len(plans)
+        self._total = torch.zeros((), dtype=torch.float64, device=device)
 
     def _strip(self, plan: int) -> torch.Tensor:
         """Return the strip, (C, z, y, x), of the windows of a plan: a ring of lines, zero where nothing is added."""
@@ -380,11 +381,16 @@ class _Sums:
             strip[channel].zero_()
             if held:
                 sums.add_(carry[channel])
+            self._total += sums.sum()  # on its device: nobody waits for it here
             if not final:
                 carry[channel].copy_(sums)
                 continue
             finished = self._finish(channel, sums)
             output[channel].copy_(finished if mask is None else finished.mul_(mask))
+
+    def finite(self) -> bool:
+        """Return whether all sums so far are numbers. The one time that a row waits for the GPU."""
+        return math.isfinite(float(self._total))
 
     def end_row(self, row: Row) -> None:
         """Note that all windows of the row are added; its final planes then go to the host."""
@@ -467,7 +473,8 @@ def predict_box(
             image, valid = slab.advance(row.start, row.start + plan[0].patch)
             windows.run(row, plan, box, image, valid, slab.corner, sums)
             sums.end_row(row)
-            windows.check()
+            if not sums.finite():
+                windows.blame(row, plan, box, image, valid, slab.corner)
             finished.hand_over()
         finished.finish()
 
@@ -489,8 +496,6 @@ class _Windows:
         self._symmetries, self._batch, self._device = symmetries, batch, device
         self._table = torch.from_numpy(np.asarray(normalise, np.float32)).to(device)
         self._probability = torch.empty(0, device=device)
-        self._totals: list[torch.Tensor] = []
-        self._places: list[tuple[Shape3, Shape3]] = []
 
     def run(
         self,
@@ -503,37 +508,73 @@ class _Windows:
         sums: _Sums,
     ) -> None:
         """Add the windows of a row to the sums. image, valid: under them, from line and column `corner` on."""
+        y, counted = plan[1], None
+        if valid is not None and not valid.all():
+            inside = tuple(slice(a - c, b - c) for a, b, c in zip(box[0][1:], box[1][1:], corner, strict=True))
+            counted = valid[(slice(None), *inside)]
+        lines = y.touching(box[0][1], box[1][1])
+        line_ends = [*(y.starts[j] for j in lines[1:]), y.starts[lines[-1]] + y.patch]
+        pending = iter(zip(lines, line_ends, strict=True))
+        line, line_end = next(pending)
+        for (j, k), probabilities in self._answers(row, plan, box, image, valid, corner):
+            while line != j:
+                sums.fold(row, line, line_end, counted)
+                line, line_end = next(pending)
+            for kept, probability in enumerate(probabilities):
+                sums.add(row, kept, probability, j, k)
+        sums.fold(row, line, line_end, counted)
+        for line, line_end in pending:
+            sums.fold(row, line, line_end, counted)
+
+    def blame(
+        self,
+        row: Row,
+        plan: Plan,
+        box: Box,
+        image: np.ndarray,
+        valid: np.ndarray | None,
+        corner: tuple[int, ...],
+    ) -> NoReturn:
+        """Raise PredictionError naming the window of a row that gave NaN, found by running them again.
+
+        Arguments as of `run`. To look at every window in the first place would cost a tenth of the stitching.
+        """
+        shape = tuple(axis.patch for axis in plan)
+        for (j, k), probabilities in self._answers(row, plan, box, image, valid, corner):
+            if not all(math.isfinite(float(probability.sum())) for probability in probabilities):
+                raise PredictionError(
+                    f"the network gave NaN in the window at voxel {(row.start, plan[1].starts[j], plan[2].starts[k])} "
+                    f"(z, y, x) of size {shape}; check its weights and the image there"
+                )
+        raise PredictionError(
+            f"the network gave NaN in a window of size {shape} that begins in plane {row.start}, but not when it was "
+            "run again; check the machine's memory and GPU"
+        )
+
+    def _answers(
+        self,
+        row: Row,
+        plan: Plan,
+        box: Box,
+        image: np.ndarray,
+        valid: np.ndarray | None,
+        corner: tuple[int, ...],
+    ) -> Iterator[tuple[tuple[int, int], Iterator[torch.Tensor]]]:
+        """Yield the numbers along y and x of each window of a row that has a valid voxel, with its probabilities."""
         _, y, x = plan
-        lines, columns = (axis.touching(a, b) for axis, a, b in zip(plan[1:], box[0][1:], box[1][1:], strict=True))
-        inside = tuple(slice(a - c, b - c) for a, b, c in zip(box[0][1:], box[1][1:], corner, strict=True))
 
         def cut(array: np.ndarray, j: int, k: int) -> np.ndarray:
             top, left = y.starts[j] - corner[0], x.starts[k] - corner[1]
             return array[:, top : top + y.patch, left : left + x.patch]
 
-        counted, wanted = None, list(product(lines, columns))
+        lines, columns = (axis.touching(a, b) for axis, a, b in zip(plan[1:], box[0][1:], box[1][1:], strict=True))
+        wanted = list(product(lines, columns))
         if valid is not None and not valid.all():
-            counted = valid[(slice(None), *inside)]
             wanted = [place for place in wanted if cut(valid, *place).any()]
-        line_ends = [*(y.starts[j] for j in lines[1:]), y.starts[lines[-1]] + y.patch]
-        pending = iter(zip(lines, line_ends, strict=True))
-        line, line_end = next(pending)
         for first in range(0, len(wanted), self._batch):
             places = wanted[first : first + self._batch]
             answers = self._probabilities(np.stack([cut(image, *place) for place in places]), row.plan)
-            for j, k in places:
-                while line != j:
-                    sums.fold(row, line, line_end, counted)
-                    line, line_end = next(pending)
-                total = torch.zeros((), device=self._device)
-                for kept, probability in enumerate(next(answers)):
-                    total += probability.sum()
-                    sums.add(row, kept, probability, j, k)
-                self._totals.append(total)
-                self._places.append(((row.start, y.starts[j], x.starts[k]), shape3([axis.patch for axis in plan])))
-        sums.fold(row, line, line_end, counted)
-        for line, line_end in pending:
-            sums.fold(row, line, line_end, counted)
+            yield from zip(places, answers, strict=True)
 
     def _probabilities(self, images: np.ndarray, plan: int) -> Iterator[Iterator[torch.Tensor]]:
         """Yield the probabilities of each of the windows (B, z, y, x), channel by channel: the next overwrites it."""
@@ -566,20 +607,6 @@ class _Windows:
             return torch.from_numpy(self._table.numpy()[images])
         shown = torch.from_numpy(images).pin_memory().to(self._device, non_blocking=True)
         return self._table[shown.int()]
-
-    def check(self) -> None:
-        """Raise PredictionError if a window that has run since the last call gave NaN."""
-        if not self._totals:
-            return
-        finite = torch.stack(self._totals).isfinite().tolist()  # the one time that a row waits for the GPU
-        for right, (corner, shape) in zip(finite, self._places, strict=True):
-            if not right:
-                raise PredictionError(
-                    f"the network gave NaN in the window at voxel {corner} (z, y, x) of size {shape}; "
-                    "check its weights and the image there"
-                )
-        self._totals.clear()
-        self._places.clear()
 
 
 @contextmanager
