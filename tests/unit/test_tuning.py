@@ -218,7 +218,7 @@ def test_two_groups_decide_nothing(case: Case) -> None:
         case.add({"er_mem": truth}, {"er_mem": p})
     result = case.tune()
     assert result["overall"]["processing"] == {} and not result["report"]["er_mem"]["kept"]
-    assert result["report"]["er_mem"]["cause"] == "annotated in 2 crops of 2 groups; at least 3 decide"
+    assert result["report"]["er_mem"]["cause"] == "annotated in 2 of the groups, fewer than 3"
 
 
 def test_objects_of_large_crops_are_looked_for_in_their_middle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +276,7 @@ def test_one_crop_teaches_nothing(case: Case) -> None:
     case.add({"er_mem": truth}, {"er_mem": p})
     result = case.tune(settings={"repair": "auto"})
     assert result["overall"] == {"processing": {}, "repair": False} and len(result["by_group"]) == 1
-    assert "1 crop" in result["report"]["er_mem"]["cause"]
+    assert "in 1 of the groups" in result["report"]["er_mem"]["cause"]
     assert result["report"]["er_mem"]["score_default"] == result["report"]["er_mem"]["score_tuned"] < 1
 
 

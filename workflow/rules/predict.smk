@@ -3,8 +3,18 @@ rule prediction_plan:
         volumes=volumes_table,
     output:
         # which grid serves which class of which volume; and, apart from it, what that takes of each model
-        table="results/predict/plan.csv",
-        models="results/predict/plan_models.csv",
+        table=report(
+            "results/predict/plan.csv",
+            category="Prediction plan",
+            labels={"shows": "grid of each class and volume"},
+            caption="../report/plan.rst",
+        ),
+        models=report(
+            "results/predict/plan_models.csv",
+            category="Prediction plan",
+            labels={"shows": "what each model takes"},
+            caption="../report/plan.rst",
+        ),
     log:
         "logs/prediction_plan.log",
     localrule: True

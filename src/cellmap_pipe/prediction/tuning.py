@@ -447,10 +447,8 @@ class _Evidence:
 
     def _too_few(self) -> str:
         """Return why the class cannot be tuned, "" if it is annotated in enough groups."""
-        crops, groups = len(self.labels), len({self._groups[label.crop] for label in self.labels})
-        if groups >= DECIDING:
-            return ""
-        return f"annotated in {crops} crop{'' if crops == 1 else 's'} of {groups} groups; at least {DECIDING} decide"
+        groups = len({self._groups[label.crop] for label in self.labels})
+        return "" if groups >= DECIDING else f"annotated in {groups} of the groups, fewer than {DECIDING}"
 
     def groups(self, among: Groups) -> Groups:
         """Return those groups of `among` that annotate the class."""
