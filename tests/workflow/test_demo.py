@@ -145,6 +145,8 @@ def test_the_report_is_one_file_with_every_figure(demo):
         "ceiling_16nm.html",
         "training.svg",
         "scores.html",
+        "tuning.html",
+        "plan_models.csv",
         "predictions_fold0.png",
     ):
         assert name in text
@@ -169,6 +171,8 @@ def test_declared_results_are_small_and_nothing_partial_is_left(demo):
     ("change", "first", "untouched"),
     [
         ("revisions: {segment: 1}", "segment", "predict"),
+        ("revisions: {tune: 1}", "tune", "predict"),
+        ("segment: {thresholds: {pm: 0.4}}", "tune", "predict"),
         ("overrides: {unet_3d: {train: {lr: 0.01}}}", "train", "chunk"),
         ("quality: {min_std: 3}", "quality", "convert"),
         ("overrides: {unet_3d: {predict: {batch: 1}}}", "predict", "train"),
