@@ -623,3 +623,14 @@ def test_faults_are_named() -> None:
         predict_array(voxelwise, image, patch=(8, 8, 8), overlap=1.0, out=out)
     with pytest.raises(ConfigError, match="allowed: gaussian, constant"):
         predict_array(voxelwise, image, patch=(8, 8, 8), out=out, blending="linear")
+
+
+@pytest.mark.parametrize("context", [0, 5, 64])
+@pytest.mark.parametrize("shape", [(1796, 1500, 2400), (2400, 1796, 1500)])
+def test_columns_cost_few_windows_also_where_there_is_image_around(shape: tuple[int, ...], context: int) -> None:
+    plans = make_plans(shape, (128,) * 3, 0.5, context=[(context, context)] * 3, voxel_nm=(8, 8, 8))
+    whole = count_windows(plans, ((0, 0, 0), shape3(shape)))
+    for memory_gb, more in ((8, 1.06), (4, 1.13)):
+        boxes = columns(plans, 14, 64, 1, (128, 128), memory_gb, 64)
+        assert all(estimate_bytes(plans, box, 14, 64, 1, 64) <= memory_gb * 1e9 for box in boxes)
+        assert sum(count_windows(plans, box) for box in boxes) <= more * whole

@@ -48,6 +48,10 @@ class AxisWindows:
 Plan = tuple[AxisWindows, AxisWindows, AxisWindows]
 
 
+# Windows along an axis that may have to be cut into columns.
+LONG = 8
+
+
 def axis_profile(patch: int, blending: str) -> np.ndarray:
     """Return the weight of each voxel of a window along one axis, float64 (patch,).
 
@@ -77,7 +81,7 @@ def axis_windows(
 
     before, after: voxels of real context on either side. Windows reach into it as far as that costs no further window;
     what a patch larger than volume and context lacks is reflected on both sides. even: windows are evenly spaced; else
-    all but the last lie a full step apart.
+    all but the last lie a full step apart, and LONG or more of them begin at the first voxel.
     Raises ConfigError unless 0 <= overlap < 1.
     """
     if not 0 <= overlap < 1:
@@ -85,7 +89,7 @@ def axis_windows(
     step = max(1, math.floor(patch * (1 - overlap) + 1e-9))
     count = 1 if size <= patch else math.ceil((size - patch) / step) + 1
     spare = patch + (count - 1) * step - size
-    low = -min(before, max(spare // 2, spare - after))
+    low = 0 if not even and count >= LONG else -min(before, max(spare // 2, spare - after))
     high = size + min(after, spare + low)
     span = high - low - patch
     if count == 1:
@@ -117,7 +121,8 @@ def make_plan(
     """Return the windows along z, y and x of a volume of `shape`; context: voxels before and after it on each axis.
 
     They are even along z, where the closest two decide how many planes are held. Along y and x, steps of half a patch
-    end where chunks do, and columns cut there share one line of windows, not two.
+    end where chunks do, and columns cut there share one line of windows, not two. An axis that is long enough to be cut
+    gives up the context before it for that: half a step on average, of eight or more.
     """
     z, y, x = (
         axis_windows(n, p, overlap, blending, before, after, even=axis == 0)
