@@ -112,7 +112,7 @@ rule segment:
         "logs/segment/{source}_fold{fold}_{subset}.log",
     conda:
         "../envs/cellmap_pipe.yaml"
-    threads: 8
+    threads: 2  # one process; zarr encodes beside it
     resources:
         mem_mb=lambda wc, attempt: 48000 * attempt,
         runtime=720,
