@@ -62,5 +62,5 @@ def test_one_after_another_is_one_of_them(n: int, patch: Shape3, voxel_nm: Vec3)
     ],
 )
 def test_what_patch_and_voxels_do_not_allow_is_refused(n: int, patch: Shape3, voxel_nm: Vec3, largest: int) -> None:
-    with pytest.raises(ConfigError, match=rf"predict\.tta {n}: .* set predict\.tta to {largest} or less"):
+    with pytest.raises(ConfigError, match=rf"predict\.tta {n}: .* allows 1, .*{largest}; set predict\.tta to one"):
         symmetries(n, patch, voxel_nm)

@@ -215,7 +215,7 @@ class _Output:
         self._host = torch.empty(shape, dtype=dtype, pin_memory=True) if on_device else self.planes
         self._array = self._host.numpy()
         self._write, self._writer, self._depth = write, writer, depth
-        self._copied = self._handed = self._first
+        self._ready = self._handed = self._first
         self._under_way: deque[tuple[int, Future[None]]] = deque()
         self._failed = False
 
@@ -240,19 +240,19 @@ class _Output:
         ready = final if final == self._end else max(self._first, final // self._depth * self._depth)
         if self._host is not self.planes:
             self.make_room(ready)
-            for first, last, slot in self.places(self._copied, ready):
+            for first, last, slot in self.places(self._ready, ready):
                 part = slice(slot, slot + last - first)
                 for host, finished in zip(self._host, self.planes, strict=True):
                     host[part].copy_(finished[part], non_blocking=True)
-        self._copied = ready
+        self._ready = ready
 
     def hand_over(self) -> None:
         """Have the copied pieces written."""
-        if self._handed < self._copied and self._host is not self.planes:
+        if self._handed < self._ready and self._host is not self.planes:
             torch.cuda.current_stream(self.planes.device).synchronize()  # no wait where the row was checked for NaN
-        while self._handed < self._copied:
+        while self._handed < self._ready:
             first = self._handed
-            last = min((first // self._depth + 1) * self._depth, self._copied)
+            last = min((first // self._depth + 1) * self._depth, self._ready)
             ((_, _, slot),) = self.places(first, last)
             piece = self._array[:, slot : slot + last - first]
             self._under_way.append((first, self._writer.submit(self._write_next, first, last, piece)))
@@ -262,7 +262,7 @@ class _Output:
     def _write_next(self, first: int, last: int, piece: np.ndarray) -> None:
         """Write a piece, unless an earlier one failed."""
         if not self._failed:
-            self._failed = True
+            self._failed = True  # until it has not
             self._write(first, last, piece)
             self._failed = False
 
@@ -328,6 +328,7 @@ class _Sums:
     def fold(self, row: Row, y: int, next_line: int, valid: np.ndarray | None) -> None:
         """Take the finished lines of window line `y`, up to `next_line`, out of the strip.
 
+        Planes are folded upwards: a plane's slot in the carry is read before that of the one that follows is written.
         valid: which voxels count, of the row's planes and the box's lines and columns, or None for all.
         """
         y0, y1 = self._box[0][1], self._box[1][1]

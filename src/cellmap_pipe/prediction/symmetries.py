@@ -44,14 +44,14 @@ def symmetries(n: int, patch: Shape3, voxel_nm: Vec3) -> tuple[Symmetry, ...]:
     4: flips of y and x. 8: flips of all axes. 16: these and the exchange of y and x. 48: all of the cube. For a patch
     of one plane, (1, h, w), 8 are those of the square: flips of y and x and their exchange.
     patch: (z, y, x) in voxels. voxel_nm: voxel size (z, y, x) in nm; axes that are exchanged must be equal in both.
-    Raises ConfigError, naming the largest number that would do, for a number that these do not allow.
+    Raises ConfigError, naming the numbers that would do, for one that these do not allow.
     """
     groups = _groups(patch, voxel_nm)
     if n not in groups:
         why = "" if n in COUNTS else f"is none of {', '.join(map(str, COUNTS))}; "
         raise ConfigError(
             f"predict.tta {n}: {why}patch {tuple(patch)} with voxels of {tuple(voxel_nm)} nm allows "
-            f"{', '.join(map(str, groups))}; set predict.tta to {max(groups)} or less"
+            f"{', '.join(map(str, groups))}; set predict.tta to one of these"
         )
     flips, orders = groups[n]
     return tuple(
