@@ -123,9 +123,11 @@ def test_zip_folder_and_segmentation_json_score_alike(volumes):
             if file.is_file():
                 archive.write(file, Path("outer") / "my.zarr" / file.relative_to(submission))
     records = [
-        {"name": f"jrc_x/{crop}", "dataset": "jrc_x", "path": f"submission.zarr/{crop}", "status": "ok"}
+        {"name": f"jrc_x/{crop}", "dataset": "jrc_x", "path": f"volumes/{crop}.zarr", "status": "ok"}
         for crop in ("crop1", "crop2")
     ]
+    for array in submission.glob("crop*/*"):  # ours lie in groups of their own
+        shutil.copytree(array, volumes / "volumes" / f"{array.parent.name}.zarr" / array.name / "s0")
     (volumes / "test.json").write_text(json.dumps({"records": records}))
     for other in (zipped(submission, volumes / "s.zip"), nested, volumes / "test.json"):
         again = score_submission(other, truth)

@@ -242,6 +242,16 @@ def test_a_configured_threshold_stays(case: Case) -> None:
     assert result["report"]["er_mem"]["overall"]["threshold"] == 0.45
 
 
+def test_few_objects_decide_nothing(case: Case) -> None:
+    for seed in range(4):
+        ids = np.zeros(LATTICE.shape, np.uint16)
+        ids[2:6, 2:6, 2:6] = 1
+        case.add({"nuc": ids}, {"nuc": sharp((ids > 0) | (np.random.default_rng(seed).random(ids.shape) > 0.97))})
+    nuc = case.tune()["report"]["nuc"]
+    assert not nuc["kept"] and nuc["score_tuned"] == nuc["score_default"]
+    assert nuc["cause"] == "4 objects, fewer than 8"
+
+
 def test_small_debris_of_instances_is_filtered_away(case: Case) -> None:
     rng = np.random.default_rng(0)
     expected = []

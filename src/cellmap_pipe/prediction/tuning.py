@@ -66,6 +66,8 @@ FAMILIES = ("threshold", "all")
 FILTER_BYTES = 28
 # Groups whose scores decide whether something is kept, at least: what fewer gain by may be an accident.
 DECIDING = 3
+# Objects that decide likewise, all together.
+LEAST_OBJECTS = 8
 # A score that is higher by no more is the same.
 ROUNDING = 1e-9
 # Values of all classes together that the repair is judged on at a time.
@@ -117,7 +119,8 @@ def tune(
     A class with a threshold in settings["thresholds"] keeps it; so does a derived group of which a part has one. Of a
     semantic class the pooled IoU counts, of an instance class the combined score by `rules`, a crop that the evaluator
     would skip counting as all missed. The repair is judged by the mean over classes of the pooled IoU of their masks,
-    before filters. A class that is annotated in fewer than DECIDING groups, or present in none, stays as configured.
+    before filters. A class that is annotated in fewer than DECIDING groups, present in none, or of which there are
+    fewer than LEAST_OBJECTS objects, stays as configured.
     Result: what `processing.read_tuned` reads, and report {class: kind, n_crops, score_default, score_tuned
     (each group as the others led to), kept, overall, cause}, repair {score_default, score_tuned, kept},
     failed ["crop/class: cause"].
@@ -509,12 +512,15 @@ class _Evidence:
             group = self._groups[label.crop]
             self._counts[group] = self._counts.get(group, 0) + counts[label.crop]
         self.cause = self._too_few()
-        if not self.cause and not self._present(frozenset(self._counts)):
+        present = self._present(frozenset(self._counts))
+        if not self.cause and not present:
             self.cause = f"absent from all {len(self.labels)} crops"
+        elif not self.cause and self.instance and present < LEAST_OBJECTS:
+            self.cause = f"{present} objects, fewer than {LEAST_OBJECTS}"
 
-    def _present(self, among: Groups) -> bool:
-        """Return whether the class is anywhere in the crops of some groups."""
-        return any(self._counts[group][self._index[self.default]][[0, 2]].sum() > 0 for group in self.groups(among))
+    def _present(self, among: Groups) -> int:
+        """Return how much of the class is in the crops of some groups: voxels, or objects."""
+        return int(sum(self._counts[group][self._index[self.default]][[0, 2]].sum() for group in self.groups(among)))
 
     def _score(self, counts: np.ndarray) -> float:
         return float(pooled_score(counts, self.instance))
