@@ -48,6 +48,7 @@ class Slow(torch.nn.Module):
 
 def predict_all(root: Path, out: Path) -> None:
     """Predict three volumes, as one job of the rule does."""
+    # in a child process, where no fixture puts it back: a network whose windows take a known time
     predict.load_model = lambda path, device: SimpleNamespace(  # type: ignore[assignment, return-value]
         network=Slow(),
         classes=CLASSES,

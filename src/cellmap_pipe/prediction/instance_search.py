@@ -6,10 +6,10 @@ settings alone.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import cc3d
 import numpy as np
@@ -25,6 +25,8 @@ from cellmap_pipe.geometry import Lattice, shape3, vec3
 from cellmap_pipe.prediction.instances import find_objects, smallest_object
 from cellmap_pipe.prediction.postprocess import above
 from cellmap_pipe.prediction.processing import Processing
+
+Found = TypeVar("Found")
 
 # What is tried of each class, beside its default
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
@@ -94,10 +96,7 @@ def search_table(
         truth = truth * (known > 0)
     truth = np.ascontiguousarray(truth)
     tasks = [_Task(probabilities, truth, known, vec3(voxel_nm), group, rules.name) for group in _groups(settings)]
-    costs = [BYTES_PER_VOXEL * truth.size] * len(tasks)
-    rows = {}
-    for _, found in run_tasks(_count, tasks, costs, workers, memory_gb):
-        rows.update(found)
+    rows = _by_setting(_count, tasks, workers, memory_gb)
     tp, fp, fn, skipped, n_truth = (np.array(column) for column in zip(*(rows[how] for how in settings), strict=True))
     return Table(tuple(settings), tp, fp, fn, skipped.astype(bool), int(n_truth[0]))
 
@@ -130,10 +129,7 @@ def full_records(
     """Return the record of `score_instance`, with distances, of every setting; the arguments are `search_table`'s."""
     rules = get_rules(rules)
     tasks = [_Task(probabilities, truth, known, vec3(voxel_nm), group, rules.name) for group in _groups(settings)]
-    costs = [BYTES_PER_VOXEL * truth.size] * len(tasks)
-    records = {}
-    for _, found in run_tasks(_score, tasks, costs, workers, memory_gb):
-        records.update(found)
+    records = _by_setting(_score, tasks, workers, memory_gb)
     return [records[how] for how in settings]
 
 
@@ -147,6 +143,20 @@ class _Task:
     voxel_nm: tuple[float, float, float]
     settings: tuple[Processing, ...]
     rules: str
+
+
+def _by_setting(
+    function: Callable[[_Task], dict[Processing, Found]],
+    tasks: Sequence[_Task],
+    workers: int,
+    memory_gb: float | None,
+) -> dict[Processing, Found]:
+    """Return what `function` finds for the settings of all tasks, in parallel processes."""
+    costs = [BYTES_PER_VOXEL * task.truth.size for task in tasks]
+    found: dict[Processing, Found] = {}
+    for _, of_task in run_tasks(function, tasks, costs, workers, memory_gb):
+        found.update(of_task)
+    return found
 
 
 def _groups(settings: Sequence[Processing]) -> list[tuple[Processing, ...]]:

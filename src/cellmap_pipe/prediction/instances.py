@@ -428,6 +428,7 @@ class _Bits:
 
     def __init__(self, shape: Shape3, on_disk: bool, scratch: str | Path | None) -> None:
         self._shape = shape
+        # No `with`: it is open for as long as this object, which closes it
         self._file: IO[bytes] | None = tempfile.TemporaryFile(dir=scratch) if on_disk else None  # noqa: SIM115
         self._array = np.empty((0, *shape[1:]) if on_disk else shape, bool)
         self._plane_bytes = -(-shape[1] * shape[2] // 8)

@@ -472,12 +472,34 @@ def predict_box(
         for row in rows:
             plan = plans[row.plan]
             image, valid = slab.advance(row.start, row.start + plan[0].patch)
-            windows.run(row, plan, box, image, valid, slab.corner, sums)
+            work = _Work(row, plan, box, image, None if valid is None or valid.all() else valid, slab.corner)
+            windows.run(work, sums)
             sums.end_row(row)
             if not sums.finite():
-                windows.blame(row, plan, box, image, valid, slab.corner)
+                windows.blame(work)
             finished.hand_over()
         finished.finish()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A row of windows of `plan`, and the image and validity (None: everywhere) under it.
+
+    image, valid: (z, y, x), from the row's first plane and line and column `corner` on. box: what is predicted.
+    """
+
+    row: Row
+    plan: Plan
+    box: Box
+    image: np.ndarray
+    valid: np.ndarray | None
+    corner: tuple[int, ...]
+
+    def cut(self, array: np.ndarray, j: int, k: int) -> np.ndarray:
+        """Return what lies under window (j, k) of the row."""
+        _, y, x = self.plan
+        top, left = y.starts[j] - self.corner[0], x.starts[k] - self.corner[1]
+        return array[:, top : top + y.patch, left : left + x.patch]
 
 
 class _Windows:
@@ -498,26 +520,18 @@ class _Windows:
         self._table = torch.from_numpy(np.asarray(normalise, np.float32)).to(device)
         self._probability = torch.empty(0, device=device)
 
-    def run(
-        self,
-        row: Row,
-        plan: Plan,
-        box: Box,
-        image: np.ndarray,
-        valid: np.ndarray | None,
-        corner: tuple[int, ...],
-        sums: _Sums,
-    ) -> None:
-        """Add the windows of a row to the sums. image, valid: under them, from line and column `corner` on."""
-        y, counted = plan[1], None
-        if valid is not None and not valid.all():
-            inside = tuple(slice(a - c, b - c) for a, b, c in zip(box[0][1:], box[1][1:], corner, strict=True))
-            counted = valid[(slice(None), *inside)]
-        lines = y.touching(box[0][1], box[1][1])
+    def run(self, work: _Work, sums: _Sums) -> None:
+        """Add the windows of a row to the sums."""
+        row, y, counted = work.row, work.plan[1], None
+        lower, upper = work.box
+        if work.valid is not None:
+            inside = tuple(slice(a - c, b - c) for a, b, c in zip(lower[1:], upper[1:], work.corner, strict=True))
+            counted = work.valid[(slice(None), *inside)]
+        lines = y.touching(lower[1], upper[1])
         line_ends = [*(y.starts[j] for j in lines[1:]), y.starts[lines[-1]] + y.patch]
         pending = iter(zip(lines, line_ends, strict=True))
         line, line_end = next(pending)
-        for (j, k), probabilities in self._answers(row, plan, box, image, valid, corner):
+        for (j, k), probabilities in self._answers(work):
             while line != j:
                 sums.fold(row, line, line_end, counted)
                 line, line_end = next(pending)
@@ -527,54 +541,34 @@ class _Windows:
         for line, line_end in pending:
             sums.fold(row, line, line_end, counted)
 
-    def blame(
-        self,
-        row: Row,
-        plan: Plan,
-        box: Box,
-        image: np.ndarray,
-        valid: np.ndarray | None,
-        corner: tuple[int, ...],
-    ) -> NoReturn:
+    def blame(self, work: _Work) -> NoReturn:
         """Raise PredictionError naming the window of a row that gave NaN, found by running them again.
 
-        Arguments as of `run`. To look at every window in the first place would cost a tenth of the stitching.
+        To look at every window in the first place would cost a tenth of the stitching.
         """
-        shape = tuple(axis.patch for axis in plan)
-        for (j, k), probabilities in self._answers(row, plan, box, image, valid, corner):
+        _, y, x = work.plan
+        shape = tuple(axis.patch for axis in work.plan)
+        for (j, k), probabilities in self._answers(work):
             if not all(math.isfinite(float(probability.sum())) for probability in probabilities):
                 raise PredictionError(
-                    f"the network gave NaN in the window at voxel {(row.start, plan[1].starts[j], plan[2].starts[k])} "
+                    f"the network gave NaN in the window at voxel {(work.row.start, y.starts[j], x.starts[k])} "
                     f"(z, y, x) of size {shape}; check its weights and the image there"
                 )
         raise PredictionError(
-            f"the network gave NaN in a window of size {shape} that begins in plane {row.start}, but not when it was "
-            "run again; check the machine's memory and GPU"
+            f"the network gave NaN in a window of size {shape} that begins in plane {work.row.start}, but not when it "
+            "was run again; check the machine's memory and GPU"
         )
 
-    def _answers(
-        self,
-        row: Row,
-        plan: Plan,
-        box: Box,
-        image: np.ndarray,
-        valid: np.ndarray | None,
-        corner: tuple[int, ...],
-    ) -> Iterator[tuple[tuple[int, int], Iterator[torch.Tensor]]]:
+    def _answers(self, work: _Work) -> Iterator[tuple[tuple[int, int], Iterator[torch.Tensor]]]:
         """Yield the numbers along y and x of each window of a row that has a valid voxel, with its probabilities."""
-        _, y, x = plan
-
-        def cut(array: np.ndarray, j: int, k: int) -> np.ndarray:
-            top, left = y.starts[j] - corner[0], x.starts[k] - corner[1]
-            return array[:, top : top + y.patch, left : left + x.patch]
-
-        lines, columns = (axis.touching(a, b) for axis, a, b in zip(plan[1:], box[0][1:], box[1][1:], strict=True))
-        wanted = list(product(lines, columns))
-        if valid is not None and not valid.all():
-            wanted = [place for place in wanted if cut(valid, *place).any()]
+        (_, *lower), (_, *upper) = work.box
+        along = zip(work.plan[1:], lower, upper, strict=True)
+        wanted = list(product(*(axis.touching(a, b) for axis, a, b in along)))
+        if work.valid is not None:
+            wanted = [place for place in wanted if work.cut(work.valid, *place).any()]
         for first in range(0, len(wanted), self._batch):
             places = wanted[first : first + self._batch]
-            answers = self._probabilities(np.stack([cut(image, *place) for place in places]), row.plan)
+            answers = self._probabilities(np.stack([work.cut(work.image, *place) for place in places]), work.row.plan)
             yield from zip(places, answers, strict=True)
 
     def _probabilities(self, images: np.ndarray, plan: int) -> Iterator[Iterator[torch.Tensor]]:
