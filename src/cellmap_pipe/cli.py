@@ -19,7 +19,7 @@ from cellmap_pipe.files import read_json, write_json
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    from cellmap_pipe.evaluation.challenge import score_submission, score_table
+    from cellmap_pipe.evaluation.official import score_submission, score_table
 
     result = score_submission(arguments.submission, arguments.truth, rules=arguments.rules, workers=arguments.workers)
     if arguments.out:

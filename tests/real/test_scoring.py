@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from cellmap_pipe.evaluation import aggregate, match_geometry, missing_label, score_instance, score_semantic
-from cellmap_pipe.evaluation.challenge import score_submission
 from cellmap_pipe.evaluation.container import open_container
 from cellmap_pipe.evaluation.manifest import read_manifest
+from cellmap_pipe.evaluation.official import score_submission
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 CASES = DATA / "scoring"

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 
 from cellmap_pipe.errors import DataError
 from cellmap_pipe.evaluation import aggregate, missing_label
-from cellmap_pipe.evaluation.challenge import (
+from cellmap_pipe.evaluation.bootstrap import bootstrap
+from cellmap_pipe.evaluation.container import open_container
+from cellmap_pipe.evaluation.official import (
     LabelTask,
-    bootstrap,
     differing,
     score_submission,
     score_table,
     task_bytes,
 )
-from cellmap_pipe.evaluation.container import open_container
 from cellmap_pipe.evaluation.tasks import run_tasks
 
 _spec = importlib.util.spec_from_file_location("scoring_reference", Path(__file__).with_name("scoring_reference.py"))

@@ -11,9 +11,9 @@ import zarr
 
 from cellmap_pipe.errors import ConfigError, ContractError
 from cellmap_pipe.evaluation import flight
-from cellmap_pipe.evaluation.challenge import score_submission
 from cellmap_pipe.evaluation.container import open_container
 from cellmap_pipe.evaluation.manifest import read_manifest
+from cellmap_pipe.evaluation.official import score_submission
 from cellmap_pipe.evaluation.submission import pack, validate
 
 VOXEL = [4.0, 8.0, 8.0]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cellmap_pipe.evaluation.challenge import score_submission
+from cellmap_pipe.evaluation.official import score_submission
 from cellmap_pipe.files import write_json
 from cellmap_pipe.log import job
 

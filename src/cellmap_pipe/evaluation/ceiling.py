@@ -19,12 +19,12 @@ from cellmap_pipe.classes import CLASSES
 from cellmap_pipe.config import RESULT_VERSIONS
 from cellmap_pipe.errors import CellmapError, ContractError
 from cellmap_pipe.evaluation.alignment import is_instance, match_geometry
-from cellmap_pipe.evaluation.challenge import INSTANCE_BYTES, SEMANTIC_BYTES, Record
+from cellmap_pipe.evaluation.challenge import Record
 from cellmap_pipe.evaluation.inputs import check_truth, slabs
 from cellmap_pipe.evaluation.instance import score_instance
 from cellmap_pipe.evaluation.rules import get_rules
 from cellmap_pipe.evaluation.semantic import score_semantic
-from cellmap_pipe.evaluation.tasks import run_tasks
+from cellmap_pipe.evaluation.tasks import INSTANCE_BYTES, SEMANTIC_BYTES, run_tasks
 from cellmap_pipe.files import canonical_json, digest, file_digest, read_json, remove_partials, write_json, write_text
 from cellmap_pipe.geometry import Lattice, Shape3
 from cellmap_pipe.prediction.ensemble import ClassVolumes

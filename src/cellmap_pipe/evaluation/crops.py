@@ -14,20 +14,14 @@ import numpy as np
 from cellmap_pipe.classes import CLASSES, get_class, score_ceiling
 from cellmap_pipe.errors import CellmapError, ContractError
 from cellmap_pipe.evaluation.alignment import is_instance, match_geometry, offset_voxels, same_voxel
-from cellmap_pipe.evaluation.challenge import (
-    INSTANCE_BYTES,
-    SEMANTIC_BYTES,
-    Record,
-    aggregate,
-    bootstrap,
-    missing_label,
-)
+from cellmap_pipe.evaluation.bootstrap import bootstrap
+from cellmap_pipe.evaluation.challenge import Record, aggregate, missing_label
 from cellmap_pipe.evaluation.container import ChunkedArray, Segmentations
 from cellmap_pipe.evaluation.inputs import check_truth, slabs
 from cellmap_pipe.evaluation.instance import score_instance
 from cellmap_pipe.evaluation.rules import PORTAL_NOTE, Rules, get_rules
 from cellmap_pipe.evaluation.semantic import score_semantic
-from cellmap_pipe.evaluation.tasks import run_tasks
+from cellmap_pipe.evaluation.tasks import INSTANCE_BYTES, SEMANTIC_BYTES, run_tasks
 from cellmap_pipe.files import read_json, write_json
 from cellmap_pipe.prepare.labels import UNKNOWN, LabelReader, empty_means, is_empty, read_label
 from cellmap_pipe.prepare.ngff import chunk_shape

@@ -73,6 +73,18 @@ def score_instance(
     }
 
 
+def score_instance_by(
+    pred: Any,
+    truth: Any,
+    voxel_size: Sequence[float],
+    mask: Any = None,
+    rules: Sequence[str | Rules] = ("csc-2026.06", "clean"),
+    memory_gb: float | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Return `score_instance` by each of several rules, by their names."""
+    return {get_rules(each).name: score_instance(pred, truth, voxel_size, mask, each) for each in rules}
+
+
 def too_many_instances(n_pred: int, largest_truth_id: int) -> bool:
     """Return whether the evaluator refuses to match: nP / nG > 10 + 50 exp(-nG / 5), nG being the largest truth id."""
     return n_pred / largest_truth_id > 10 + 50 * math.exp(-largest_truth_id / 5)

@@ -6,6 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import TypeVar
 
+# Bytes of working memory per voxel while a label is scored (measured, with a margin), the two volumes included
+INSTANCE_BYTES = 28
+SEMANTIC_BYTES = 12
+# And per voxel of a prediction that is resampled
+RESAMPLE_BYTES = 16
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 

@@ -331,7 +331,7 @@ def _truth_scores(scores: Mapping[str, Any]) -> list[str]:
 def write_submission(report_json: Path, score_jsons: Sequence[Path], out_html: Path) -> None:
     """Write the flight check of the submission as HTML: what is in the file, its digest, and every problem found.
 
-    score_jsons: at most one, the scores of the submission against known truth (evaluation.challenge.score_submission).
+    score_jsons: at most one, the scores of the submission against known truth (evaluation.official.score_submission).
     """
     report = read_json(report_json, "run `snakemake -R submission`")
     problems = report["problems"]
