@@ -1,30 +1,35 @@
 """How long and in how much memory the scores are computed, as ratios to one distance transform of the same volume.
 
-    python benchmarks/scoring.py [--quick] [--case KIND,N,OBJECTS] [--manifest test_crop_manifest.csv] [--plot FILE]
+    python benchmarks/scoring.py [--quick] [--case KIND,N,OBJECTS] [--big] [--manifest test_crop_manifest.csv]
+                                 [--plot FILE]
 
 The yardstick is the CPU time of `scipy.ndimage.distance_transform_edt(truth == 0)` in the same run. Imports and
 inputs are not counted; relabelling, overlaps and matching are. The last line is one JSON object: name, ratios,
 targets, ok.
+--big: also an instance label of 1000^3 voxels in a zarr array, scored by both rules with memory_gb 4 in a process of
+its own: what it adds to the memory, and its CPU time. --plot: also how the time grows with objects and their voxels.
 """
 
 import argparse
+import ctypes
 import json
 import logging
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numcodecs
 import numpy as np
+import zarr
 from scipy.ndimage import distance_transform_edt
 
 from cellmap_pipe.evaluation.alignment import is_instance
 from cellmap_pipe.evaluation.container import open_container
 from cellmap_pipe.evaluation.flight import check
-from cellmap_pipe.evaluation.instance import score_instance
+from cellmap_pipe.evaluation.instance import score_instance, score_instance_by
 from cellmap_pipe.evaluation.manifest import read_manifest
 from cellmap_pipe.evaluation.semantic import score_semantic
 
@@ -42,7 +47,10 @@ TARGETS = {
 QUICK = [("blobs", 128, 200), ("blobs", 256, 1000), ("filaments", 256, 200)]
 # (kind, voxels per axis, objects) -> largest number of bytes added per voxel
 MEMORY_TARGETS = {("blobs", 256, 1000): 8.0, ("shells", 256, 3): 14.0}
-GROWTH = [(n, objects) for n in (128, 256, 400) for objects in (20, 200, 1000, 5000)]
+# Voxels per axis, objects, share of the volume that they fill
+GROWTH = [(n, objects, fill) for n in (128, 256, 400) for objects in (20, 200, 1000, 5000) for fill in (0.15, 0.02)]
+BIG = {"n": 1000, "objects": 2000, "memory_gb": 4.0}
+BOTH = "both"
 
 
 def ellipsoid(shape: tuple[int, ...], centre: np.ndarray, radius: np.ndarray) -> tuple[tuple[slice, ...], np.ndarray]:
@@ -61,8 +69,10 @@ def add(volume: np.ndarray, label: int, centre: np.ndarray, radius: np.ndarray) 
     view[inside & (view == 0)] = label
 
 
-def blobs(n: int, objects: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return (pred, truth), uint32 (n, n, n): ellipsoids on a jittered lattice, 15 % of the volume.
+def blobs(
+    n: int, objects: int, seed: int = 0, fill: float = 0.15, dtype: type = np.uint32
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (pred, truth), (n, n, n): ellipsoids on a jittered lattice, in all `fill` of the volume.
 
     The prediction is shifted and rescaled, with 5 % each of misses, splits and merges, and 5 % false positives.
     """
@@ -71,9 +81,9 @@ def blobs(n: int, objects: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     cell = n / side
     cells = rng.permutation(side**3)[:objects]
     centres = (np.stack(np.unravel_index(cells, (side,) * 3), 1) + 0.5 + rng.uniform(-0.15, 0.15, (objects, 3))) * cell
-    typical = max(1.3, min(0.42 * cell, (0.15 * n**3 / objects * 3 / (4 * np.pi)) ** (1 / 3)))
+    typical = max(1.3, min(0.42 * cell, (fill * n**3 / objects * 3 / (4 * np.pi)) ** (1 / 3)))
     radii = typical * rng.uniform(0.75, 1.15, (objects, 3))
-    truth, pred = np.zeros((n,) * 3, np.uint32), np.zeros((n,) * 3, np.uint32)
+    truth, pred = np.zeros((n,) * 3, dtype), np.zeros((n,) * 3, dtype)
     fate = rng.random(objects)
     for i in range(objects):
         add(truth, i + 1, centres[i], radii[i])
@@ -147,23 +157,19 @@ def resident_bytes() -> int:
     return pages * 4096
 
 
+def high_water_bytes() -> int:
+    """Return the largest resident memory that this process has had since `added_bytes` began to count, or ever."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
 def added_bytes(function: Callable[[], object]) -> int:
-    """Return how far a call raises the resident memory of this process, sampled every millisecond."""
-    before, peak, done = resident_bytes(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, resident_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        function()
-    finally:
-        done.set()
-        watcher.join()
-    return max(0, peak - before)
+    """Return how far a call raises the resident memory of this process."""
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed would be used again, and not be seen
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    before = resident_bytes()
+    function()
+    return max(0, high_water_bytes() - before)
 
 
 def write_sparse(folder: Path, shape: tuple[int, ...], voxels: np.ndarray, share: float, attributes: dict) -> None:
@@ -211,25 +217,60 @@ def streamed_bytes() -> int:
         return added_bytes(lambda: score_semantic(*arrays))
 
 
-def plot_growth(path: str) -> None:
-    """Write the CPU seconds by number of objects and volume, with the official rules, as a figure."""
+def score_stored(folder: str, memory_gb: float) -> None:
+    """Score the arrays `pred` and `truth` of a crop, print the bytes added to this process and its CPU time."""
+    score_instance_by(*blobs(16, 3), VOXEL_NM)
+    crop = open_container(folder)
+    pred, truth = (crop.array("crop1", name) for name in ("pred", "truth"))
+    begin = time.process_time()
+    added = added_bytes(lambda: score_instance_by(pred, truth, VOXEL_NM, memory_gb=memory_gb))
+    print(json.dumps({"added": added, "seconds": time.process_time() - begin}))
+
+
+def big_crop(n: int, objects: int, memory_gb: float) -> tuple[float, float]:
+    """Return GB added and CPU seconds of an instance label of n^3 voxels that is read from a zarr array."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, volume in zip(("pred", "truth"), blobs(n, objects, dtype=np.uint16), strict=True):
+            path = Path(folder) / "crop1" / name
+            stored = zarr.create_array(path, shape=volume.shape, chunks=(64,) * 3, dtype=volume.dtype, zarr_format=2)
+            stored[:] = volume
+        volume = stored = None
+        command = [sys.executable, __file__, "--stored", folder, "--memory-gb", str(memory_gb)]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    logger.info("%d^3, %d objects, both rules, memory_gb %g: %s", n, objects, memory_gb, found)
+    return found["added"] / 1e9, found["seconds"]
+
+
+def growth(path: str) -> dict[str, float]:
+    """Write the CPU time by objects and by their voxels, official rules, as a figure; return the growth's exponents.
+
+    The exponents are those of the fit seconds ~ (voxels of objects)^a objects^b over all cases. A cost of objects x
+    volume would have b = 1.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
-    for n in sorted({n for n, _ in GROWTH}):
-        counts = [objects for m, objects in GROWTH if m == n]
-        seconds = []
-        for objects in counts:
-            pred, truth = blobs(n, objects)
-            seconds.append(cpu_seconds(lambda p=pred, t=truth: score_instance(p, t, VOXEL_NM), 1))
-            logger.info("growth %d^3 with %d objects: %.2f s", n, objects, seconds[-1])
-        axes.loglog(counts, seconds, marker="o", label=f"{n}³ voxels")
-    axes.set(xlabel="truth objects", ylabel="CPU time (s)")
-    axes.legend()
+    cases = []
+    for n, objects, fill in GROWTH:
+        pred, truth = blobs(n, objects, fill=fill)
+        seconds = cpu_seconds(lambda p=pred, t=truth: score_instance(p, t, VOXEL_NM), 2)
+        cases.append((n, objects, fill, np.count_nonzero(truth), seconds))
+        logger.info("growth %d^3, %d objects of %d voxels in all: %.2f s", n, *cases[-1][1::2], seconds)
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)
+    for ax, column, other, name in ((axes[0], 1, 3, "truth objects"), (axes[1], 3, 1, "voxels of truth objects")):
+        for n, fill in sorted({(n, fill) for n, _, fill, *_ in cases}):
+            rows = sorted((case[column], case[4]) for case in cases if (case[0], case[2]) == (n, fill))
+            ax.loglog(*zip(*rows, strict=True), "o-" if other == 3 else "o", label=f"{n}³ voxels, {fill:.0%} filled")
+        ax.set(xlabel=name)
+    axes[0].set(ylabel="CPU time (s)")
+    axes[0].legend(fontsize="x-small")
     figure.savefig(path)
+    logs = np.log([[voxels, objects, seconds] for _, objects, _, voxels, seconds in cases])
+    terms = np.column_stack([logs[:, :2], np.ones(len(logs))])
+    exponents = np.linalg.lstsq(terms, logs[:, 2])[0]
+    return {"growth_with_object_voxels": float(exponents[0]), "growth_with_objects": float(exponents[1])}
 
 
 def main() -> int:
@@ -237,10 +278,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the three smaller cases, one repeat")
     parser.add_argument("--case", action="append", help="KIND,N,OBJECTS; instead of the standard cases")
+    parser.add_argument("--big", action="store_true", help="also an instance label of 1000^3 voxels")
+    parser.add_argument("--stored", help=argparse.SUPPRESS)
+    parser.add_argument("--memory-gb", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--manifest", help="also check a sparse submission of this manifest's rows")
     parser.add_argument("--plot", help="write a figure of the growth with objects and volume to this file")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if options.stored:
+        score_stored(options.stored, options.memory_gb)
+        return 0
 
     cases = QUICK if options.quick else list(TARGETS)
     if options.case:
@@ -252,8 +299,10 @@ def main() -> int:
     for kind, n, objects in cases:
         pred, truth = MAKERS[kind](n, objects)
         yardstick = cpu_seconds(lambda t=truth: distance_transform_edt(t == 0), repeats)
-        for rules, target in TARGETS.get((kind, n, objects), {"csc-2026.06": np.inf, "clean": np.inf}).items():
-            seconds = cpu_seconds(lambda p=pred, t=truth, r=rules: score_instance(p, t, VOXEL_NM, rules=r), repeats)
+        wanted = TARGETS.get((kind, n, objects), {"csc-2026.06": np.inf, "clean": np.inf})
+        for rules, target in {**wanted, BOTH: sum(wanted.values())}.items():
+            by = ("csc-2026.06", "clean") if rules == BOTH else (rules,)
+            seconds = cpu_seconds(lambda p=pred, t=truth, r=by: score_instance_by(p, t, VOXEL_NM, rules=r), repeats)
             name = f"{kind}_{n}_{objects}_{rules}"
             ratios[name] = round(seconds / yardstick, 3)
             if np.isfinite(target):
@@ -274,8 +323,13 @@ def main() -> int:
         ratios["semantic_1000_added_gb"], targets["semantic_1000_added_gb"] = round(streamed_bytes() / 1e9, 2), 1.5
     if options.manifest:
         ratios["check_minutes"], targets["check_minutes"] = round(check_seconds(options.manifest, 2) / 60, 2), 2.0
+    if options.big:
+        added_gb, seconds = big_crop(**BIG)
+        ratios["instance_1000_added_gb"], targets["instance_1000_added_gb"] = round(added_gb, 2), BIG["memory_gb"]
+        ratios["instance_1000_cpu_minutes"] = round(seconds / 60, 2)
     if options.plot:
-        plot_growth(options.plot)
+        ratios |= {name: round(exponent, 2) for name, exponent in growth(options.plot).items()}
+        targets["growth_with_objects"] = 0.5
     ok = all(ratios[name] <= target for name, target in targets.items())
     print(json.dumps({"name": "scoring", "ratios": ratios, "targets": targets, "ok": ok}))
     return 0 if ok else 1

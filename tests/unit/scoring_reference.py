@@ -64,16 +64,29 @@ def best_matchings(truth: Volume, pred: Volume, n_pred: int) -> list[Matching]:
 
 
 def hausdorff(a: Volume, b: Volume, voxel_nm: tuple[float, ...], cap: float) -> float:
-    """Return the larger directed distance between all voxels of two sets, at most the cap; the cap if b is empty."""
+    """Return the larger directed distance between all voxels of two sets, at most the cap; infinity if b is empty."""
     if not b.any():
-        return cap
+        return math.inf
     first, second = np.argwhere(a) * np.array(voxel_nm), np.argwhere(b) * np.array(voxel_nm)
     distance = np.sqrt(((first[:, None] - second[None]) ** 2).sum(-1))
     return min(float(max(distance.min(1).max(), distance.min(0).max())), cap)
 
 
+def normalised(distance: float, cap: float, voxel_nm: tuple[float, ...], rules: str) -> float:
+    """Return the score in [0, 1] of a distance; infinity is that of an object without counterpart."""
+    diagonal = math.sqrt(sum(v * v for v in voxel_nm))
+    if rules.startswith("csc-2026.07"):
+        if math.isinf(distance):
+            return 0.0
+        if rules.endswith("exponential"):
+            return 0.1 ** (distance / cap)
+        at_cap = 1.01 ** (-cap / diagonal)
+        return 0.1 + 0.9 * (1.01 ** (-distance / diagonal) - at_cap) / (1 - at_cap)
+    return 1.01 ** (-min(distance, cap) / diagonal)
+
+
 def instance_records(pred: Volume, truth: Volume, voxel_nm: tuple[float, ...], rules: str) -> list[dict]:
-    """Return the records that the rules (`csc-2026.06`, `clean`) allow: one per assignment of least cost."""
+    """Return the records that the rules allow: one per assignment of least cost."""
     pred, n_pred = components(pred)
     ids = [int(t) for t in np.unique(truth) if t]
     largest = max(ids, default=0)
@@ -89,12 +102,11 @@ def instance_records(pred: Volume, truth: Volume, voxel_nm: tuple[float, ...], r
         for p in range(1, n_pred + 1):
             if p in matching:
                 renumbered[pred == p] = matching[p]
-            elif rules != "clean":
+            elif rules == "csc-2026.06":
                 renumbered[pred == p] = p
         distances = [hausdorff(truth == t, renumbered == t, voxel_nm, cap) for t in ids]
-        distances += [cap] * (n_pred - len(matching))
-        diagonal = math.sqrt(sum(v * v for v in voxel_nm))
-        total = sum(1.01 ** (-float(np.float32(d)) / diagonal) for d in distances)
+        distances += [math.inf] * (n_pred - len(matching))
+        total = sum(normalised(float(np.float32(d)), cap, voxel_nm, rules) for d in distances)
         records.append(
             {
                 "tp": len(matching),

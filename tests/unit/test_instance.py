@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from cellmap_pipe.errors import ConfigError, DataError
-from cellmap_pipe.evaluation import hausdorff, matching, score_instance
+from cellmap_pipe.evaluation import hausdorff, inputs, matching, score_instance
+from cellmap_pipe.evaluation.instance import instance_bytes, score_instance_by, unanswered
+from cellmap_pipe.evaluation.overlap import find_runs, surface_of, voxels_of
 from cellmap_pipe.evaluation.rules import RULES
 
 _spec = importlib.util.spec_from_file_location("scoring_reference", Path(__file__).with_name("scoring_reference.py"))
@@ -33,24 +36,126 @@ def boxes(rng, shape, n, ids):
     return volume
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([0, 1, 12, 10**9]))
-def test_records_equal_the_reference(seed, sparse):
-    """By both rules, with either way of measuring distances forced on some objects."""
+# Ways to the same distances: settings of `hausdorff` that force them, and memory_gb
+WAYS = {
+    "as measured": ({}, None),
+    "pairs": ({"PAIRS": 10**9}, None),
+    "boxes": ({"PAIRS": 0, "SPARSE": 10**9}, None),
+    "points": ({"PAIRS": 0, "SPARSE": 0}, None),
+    "boxes and points": ({"PAIRS": 9, "SPARSE": 1}, None),
+    "points because boxes do not fit": ({"PAIRS": 0, "SPARSE": 10**9}, 1e-9),
+    "points in pieces": ({"PAIRS": 0, "LEAST_POINTS": 3}, 1e-9),
+    "points in larger pieces": ({"PAIRS": 0, "LEAST_POINTS": 100}, 1e-9),
+}
+
+
+def by_way(way, *arguments):
+    """Return the records by all rules, with distances measured in that way."""
+    constants, memory_gb = WAYS[way]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in constants.items():
+            patch.setattr(hausdorff, name, value)
+        return score_instance_by(*arguments, rules=tuple(RULES), memory_gb=memory_gb)
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(sorted(WAYS)), st.booleans())
+def test_records_equal_the_reference(seed, way, masked):
+    """By all rules at once, with each way of measuring distances and any slabs."""
     rng = np.random.default_rng(seed)
     shape = tuple(rng.integers(3, 9, 3))
     voxel = tuple(rng.choice([1.0, 1.74, 2.0, 8.0], 3))
     truth = boxes(rng, shape, rng.integers(0, 5), [1, 2, 3, 5])
     pred = boxes(rng, shape, rng.integers(0, 6), [1, 2, 3]).astype(rng.choice([np.uint8, np.int32, np.float32]))
-    before = hausdorff.SPARSE
-    hausdorff.SPARSE = sparse
-    try:
-        for rules in ("csc-2026.06", "clean"):
-            record = score_instance(pred, truth, voxel, rules=rules)
-            expected = reference.instance_records(pred, truth, voxel, rules)
-            assert any(same(record, one) for one in expected), (record, expected)
-    finally:
-        hausdorff.SPARSE = before
+    mask = (rng.random(shape) > 0.1).astype(np.uint8) if masked else None
+    known = 1 if mask is None else mask
+    records = by_way(way, pred, truth, voxel, mask)
+    assert list(records) == list(RULES)
+    for rules, record in records.items():
+        expected = reference.instance_records(pred * known, truth * known, voxel, rules)
+        assert any(same(record, one) for one in expected), (rules, record, expected)
+
+
+@pytest.mark.parametrize("way", sorted(set(WAYS) - {"boxes", "points in pieces"}))
+@pytest.mark.parametrize("seed", range(2))
+def test_every_way_measures_the_same_on_branching_objects(way, seed):
+    rng = np.random.default_rng(seed)
+    field = ndimage.gaussian_filter(rng.random((30, 26, 34)), 1.6, mode="wrap")
+    truth = ndimage.label(field > np.quantile(field, 0.7))[0].astype(np.uint16)
+    pred = np.roll(np.where(rng.random(truth.shape) < 0.97, truth, 0), seed, axis=seed % 3)
+    expected, records = by_way("boxes", pred, truth, (13.92, 16, 16)), by_way(way, pred, truth, (13.92, 16, 16))
+    assert all(same(records[rules], record) for rules, record in expected.items())
+    assert expected["clean"]["tp"] >= 3
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.tuples(*[st.integers(1, 12)] * 3), st.sampled_from([0.2, 0.6, 0.95, 1.0]))
+def test_the_surface_of_a_set_holds_every_voxel_that_has_a_neighbour_outside(seed, shape, density):
+    rng = np.random.default_rng(seed)
+    inside = rng.random(shape) < density
+    inside[tuple(n // 2 for n in shape)] = True
+    truth, pieces = inside.astype(np.uint8), rng.integers(0, 2, shape).astype(np.uint8)
+    runs = find_runs([(truth, pieces * truth)], shape)  # in several pieces per row
+    start, length = surface_of(runs.start, runs.length, shape)
+    surface = np.zeros(inside.size, int)
+    np.add.at(surface, voxels_of(start, length), 1)
+    surface = surface.reshape(shape)
+    assert surface.max() <= 1 and not (surface > inside).any()
+    inner = ndimage.binary_erosion(inside, border_value=1)
+    assert (surface > 0)[inside & ~inner].all()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([None, 1e-9]), st.integers(1, 20))
+def test_arrays_read_slab_by_slab_score_as_those_in_memory(seed, memory_gb, planes):
+    rng = np.random.default_rng(seed)
+    truth, pred = boxes(rng, (17, 6, 7), 8, [1, 2, 3, 9]), boxes(rng, (17, 6, 7), 9, [1, 2, 3])
+    mask = (rng.random(truth.shape) > 0.1).astype(np.uint8)
+    expected = score_instance_by(pred, truth, (4, 4, 4), mask)
+    depths = rng.integers(1, 19, 3)
+    arrays = [Layered(values, int(depth)) for values, depth in zip((pred, truth, mask), depths, strict=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "SLAB_VOXELS", planes * 6 * 7)
+        assert score_instance_by(arrays[0], arrays[1], (4, 4, 4), arrays[2], memory_gb=memory_gb) == expected
+    if memory_gb is None:
+        for array in arrays:
+            assert array.layers == list(range(-(-17 // array.chunks[0])))  # each once, in order
+
+
+class Layered:
+    """An array that is read by planes, and notes the layers of chunks of every reading."""
+
+    def __init__(self, values, depth):
+        self.values, self.chunks, self.layers = values, (depth, *values.shape[1:]), []
+        self.shape, self.dtype = values.shape, values.dtype
+
+    def __getitem__(self, part):
+        self.layers += range(part.start // self.chunks[0], -(-part.stop // self.chunks[0]))
+        return self.values[part]
+
+
+def test_a_distance_that_several_rules_need_is_measured_once(monkeypatch):
+    rng = np.random.default_rng(5)
+    truth, pred = boxes(rng, (12, 12, 12), 9, range(1, 9)), boxes(rng, (12, 12, 12), 9, range(1, 9))
+    measured = []
+    measure = hausdorff.HausdorffDistances._measure
+    monkeypatch.setattr(
+        hausdorff.HausdorffDistances,
+        "_measure",
+        lambda self, i, parts: measured.append((i, *parts)) or measure(self, i, parts),
+    )
+    together = score_instance_by(pred, truth, (4, 4, 4), rules=("clean", "csc-2026.06", "csc-2026.07"))
+    assert len(measured) == len(set(measured)) > 0
+    assert together == {name: score_instance(pred, truth, (4, 4, 4), rules=name) for name in together}
+
+
+@pytest.mark.parametrize("rules", list(RULES))
+@pytest.mark.parametrize("n_truth", [0, 1, 7])
+def test_an_unanswered_crop_scores_as_one_that_is_answered_with_background(rules, n_truth):
+    truth = np.zeros((5, 6, 31), np.uint16)
+    truth[2, 3, 2 : 2 + 4 * n_truth : 4] = np.arange(n_truth) + 3
+    expected = score_instance(np.zeros(truth.shape, np.uint8), truth, (8, 4, 2), rules=rules)
+    assert unanswered(n_truth, truth.shape, (8, 4, 2), rules) == expected
 
 
 def test_mask_multiplies_both():
@@ -144,6 +249,12 @@ def test_ids_of_any_size_and_layout_score_the_same():
     assert score_instance(pred.astype(">u4"), large, (2, 2, 2), rules="clean") == expected
 
 
+@pytest.mark.parametrize("shape", [(100, 100, 100), (400, 400, 400), (1000, 1000, 1000)])
+def test_the_estimate_of_memory_holds_an_object_whose_box_fills_the_volume(shape):
+    voxels = math.prod(shape)
+    assert hausdorff.BOX_BYTES * voxels < instance_bytes(shape, 2, 2) < instance_bytes(shape, 4, 4) < 50 * voxels
+
+
 def test_nested_lists_are_arrays():
     assert score_instance([[[1, 0]]], [[[1, 0]]], (1, 1, 1), [[[1, 1]]])["tp"] == 1
 
@@ -163,6 +274,18 @@ def test_nested_lists_are_arrays():
 def test_bad_arrays_are_refused_by_name(pred, truth, fault):
     with pytest.raises(DataError, match=fault):
         score_instance(pred, truth, (1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("pred", "truth", "fault"),
+    [(np.nan, 1, "not finite"), (1, -1, "negative"), (1, 2**33, "2\\^32")],
+)
+def test_a_bad_value_in_a_later_slab_is_named_too(pred, truth, fault, monkeypatch):
+    monkeypatch.setattr(inputs, "SLAB_VOXELS", 9)
+    arrays = [np.zeros((8, 3, 3), np.float64), np.zeros((8, 3, 3), np.int64)]
+    arrays[0][7, 0, 0], arrays[1][7, 0, 0] = pred, truth
+    with pytest.raises(DataError, match=fault):
+        score_instance(*[Layered(values, 2) for values in arrays], (1, 1, 1))
 
 
 def test_unknown_rules_and_voxel_sizes_are_refused():

@@ -1,5 +1,6 @@
 """Checks of the arrays that are scored, and their slabs along z."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,10 @@ from cellmap_pipe.errors import DataError
 LARGEST_ID = 2**32
 # Voxels per slab: temporary arrays of a few tens of megabytes
 SLAB_VOXELS = 8_000_000
+# Bytes of working memory per voxel of a slab of an instance label (measured)
+SLAB_BYTES = 16
+# Bytes of a layer of chunks that is read at once
+LAYER_BYTES = 1 << 30
 
 
 def as_array(values: Any) -> Any:
@@ -64,3 +69,47 @@ def slabs(shape: Sequence[int], chunk_z: int = 1) -> Iterator[slice]:
     thickness = max(1, SLAB_VOXELS // max(1, shape[1] * shape[2]) // chunk_z) * chunk_z
     for start in range(0, shape[0], thickness):
         yield slice(start, min(start + thickness, shape[0]))
+
+
+def read_slabs(arrays: Sequence[Any], memory: float = math.inf) -> Iterator[tuple[np.ndarray | None, ...]]:
+    """Yield the next planes of several arrays (z, y, x) of one shape, about SLAB_VOXELS of each, in order.
+
+    arrays: numpy arrays, of which slices are taken, or anything with `shape`, `dtype` and planes by [z0:z1]; None gives
+    None. Of an array with `chunks` every layer of chunks is read once, and what is left of it is kept, unless a layer
+    takes more than LAYER_BYTES or a quarter of `memory` (bytes): then its chunks are decoded once per slab.
+    """
+    shape = next(array.shape for array in arrays if array is not None)
+    readers = [None if array is None else _Planes(array, min(LAYER_BYTES, memory / 4)) for array in arrays]
+    plane = shape[1] * shape[2]
+    thickness = max(1, int(min(SLAB_VOXELS, memory / 2 / SLAB_BYTES)) // plane)
+    for first in range(0, shape[0], thickness):
+        last = min(first + thickness, shape[0])
+        yield tuple(None if reader is None else reader.read(first, last) for reader in readers)
+
+
+class _Planes:
+    """The planes of an array, asked for in order; of the last layer of chunks that was read, the rest is kept."""
+
+    def __init__(self, array: Any, layer_bytes: float) -> None:
+        self._array = array
+        Z, Y, X = array.shape
+        depth = array.chunks[0] if hasattr(array, "chunks") and not isinstance(array, np.ndarray) else 1
+        self._depth = depth if min(depth, Z) * Y * X * array.dtype.itemsize <= layer_bytes else 1
+        self._begin = 0
+        self._kept: np.ndarray | None = None
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        parts = []
+        if self._kept is not None:
+            parts.append(self._kept[first - self._begin : last - self._begin])
+            first += len(parts[0])
+            if first < last:  # two layers are never held
+                parts[0] = parts[0].copy()
+                self._kept = None
+        if first < last:
+            stop = min(-(-last // self._depth) * self._depth, self._array.shape[0])
+            values = np.asarray(self._array[first:stop])
+            parts.append(values[: last - first])
+            if stop > last:
+                self._begin, self._kept = last, values[last - first :]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)

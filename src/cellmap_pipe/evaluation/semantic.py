@@ -1,32 +1,29 @@
 """Voxel counts of one semantic label (CHALLENGE section 4.4)."""
 
-from math import lcm
 from typing import Any
 
 import numpy as np
 
-from cellmap_pipe.evaluation.inputs import as_array, check_pred, check_shapes, check_truth, slabs
+from cellmap_pipe.evaluation.inputs import as_array, check_pred, check_shapes, check_truth, read_slabs
 
 
 def score_semantic(pred: Any, truth: Any, mask: Any = None) -> dict[str, Any]:
     """Return the official raw record of a semantic label: tp, fp, fn (voxels) and status.
 
-    pred, truth, mask: arrays (z, y, x), numpy or zarr, read slab by slab, or nested lists. A voxel belongs to the label
-    where it is above 0; `mask` multiplies both. Raises DataError for arrays that cannot be compared.
+    pred, truth, mask: arrays (z, y, x), numpy, zarr or alike, read slab by slab (`read_slabs`), or nested lists. A
+    voxel belongs to the label where it is above 0; `mask` multiplies both. Raises DataError for arrays that cannot be
+    compared.
     """
     pred, truth, mask = as_array(pred), as_array(truth), as_array(mask)
     check_shapes(pred, truth, mask)
-    # One slab holds whole chunks of every array, so that no chunk is decoded twice
-    depths = [array.chunks[0] for array in (pred, truth, mask) if hasattr(array, "chunks")]
-    depth = lcm(*depths) if depths else 1
     tp = n_pred = n_truth = 0
-    for part in slabs(truth.shape, depth if depth <= truth.shape[0] else 1):
-        p, t = np.asarray(pred[part]), np.asarray(truth[part])
+    for p, t, m in read_slabs((pred, truth, mask)):
+        assert p is not None and t is not None
         check_pred(p)
         check_truth(t)
         p, t = p > 0, t > 0
-        if mask is not None:
-            known = np.asarray(mask[part]) > 0
+        if m is not None:
+            known = m > 0
             p &= known
             t &= known
         n_pred += int(np.count_nonzero(p))

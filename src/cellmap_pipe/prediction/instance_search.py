@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-import cc3d
 import numpy as np
 
 from cellmap_pipe.evaluation.inputs import check_shapes, check_truth
@@ -185,8 +184,7 @@ def _count(task: _Task) -> dict[Processing, tuple[int, int, int, bool, int]]:
     ids, voxels = _objects(task)
     if task.known is not None:
         ids = ids * (task.known > 0)
-    components = np.ascontiguousarray(cc3d.connected_components(np.ascontiguousarray(ids)))
-    runs = find_runs(task.truth, components)
+    runs = find_runs([(task.truth, ids)], shape3(task.truth.shape))
     truths, preds = objects_in_runs(runs, runs.truth), objects_in_runs(runs, runs.pred)
     rows, columns, common = count_overlaps(runs, truths, preds)
     iou = (common / (truths.size[rows] + preds.size[columns] - common)).astype(np.float32)

@@ -17,10 +17,9 @@ from typing import IO, Literal, Self
 import cc3d
 import edt
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from skimage.segmentation import watershed
 
+from cellmap_pipe.evaluation.components import Connectivity, join_nodes, label, links
 from cellmap_pipe.geometry import Lattice, Shape3
 from cellmap_pipe.prediction.processing import Processing
 
@@ -36,7 +35,6 @@ PARTED_BYTES = 50
 MASK_PLANES = 64
 
 # Neighbours that connect background and foreground
-Connectivity = Literal[6, 26]
 BACKGROUND: Literal[6] = 6
 FOREGROUND: Literal[26] = 26
 
@@ -127,7 +125,7 @@ class Objects:
             return self._labelled[2]
         self._labelled = None
         mask = self._bits.read(first, last)
-        labels = _label(mask if connectivity == FOREGROUND else ~mask, connectivity)
+        labels = label(mask if connectivity == FOREGROUND else ~mask, connectivity)
         self._labelled = (first, connectivity, labels)
         return labels
 
@@ -191,7 +189,7 @@ class Objects:
     def _component(self, first: int, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
         """Return in its box the component whose first voxel has the flat index `first`, bool (z, y, x)."""
         # All of the component lies in its box, so it is one component there as well
-        labels = _label(self._bits.box(lower, upper), FOREGROUND)
+        labels = label(self._bits.box(lower, upper), FOREGROUND)
         start = np.asarray(np.unravel_index(first, self._shape)) - lower
         return np.asarray(labels == labels[tuple(start)])
 
@@ -241,17 +239,11 @@ def part_component(
     margins = [(int(not lower), int(not upper)) for lower, upper in zip(at_lower, at_upper, strict=True)]
     padded = np.pad(inside, margins)
     depth = edt.edt(padded, anisotropy=tuple(voxel_nm), black_border=False, parallel=1)
-    seeds = _label(depth > split_nm, FOREGROUND)
+    seeds = label(depth > split_nm, FOREGROUND)
     if seeds.max() < 2:
         return None
     parts = watershed(np.negative(depth, out=depth), seeds.view(np.int32), connectivity=3, mask=padded)
     return parts[tuple(slice(lower, n - upper) for (lower, upper), n in zip(margins, parts.shape, strict=True))]
-
-
-def _label(mask: np.ndarray, connectivity: Connectivity) -> np.ndarray:
-    """Return the components of a mask, bool (z, y, x), as uint32, numbered in the order of their first voxels."""
-    # Not as bool: cc3d 4.1 takes too small a table for thin masks of many isolated voxels, and fails
-    return np.asarray(cc3d.connected_components(mask.view(np.uint8), connectivity=connectivity, out_dtype=np.uint32))
 
 
 @dataclass(frozen=True)
@@ -297,24 +289,17 @@ class _Nodes:
         self._first.append(_first_voxels(labels, len(box)) + first * self._shape[1] * self._shape[2])
         begin = self.begin[-1]
         if first:
-            self._links.append(_links(self._plane, _nodes(labels[0], begin), connectivity))
+            nodes = np.stack([self._plane, _nodes(labels[0], begin)])
+            self._links.append(links(nodes, label(nodes > 0, connectivity)))
             self._links.append(np.array([[0, begin]]))
         self._plane = _nodes(labels[-1], begin)
         self.begin.append(begin + len(box))
 
     def join(self) -> _Components:
         """Return the components, numbered in the order of their first voxels."""
-        n = self.begin[-1]
-        links = np.concatenate([np.zeros((0, 2), np.int64), *self._links])
-        graph = coo_array((np.ones(len(links), np.int8), (links[:, 0], links[:, 1])), shape=(n, n))
-        joined = connected_components(graph, directed=False)[1]
-        _, leader, inverse = np.unique(joined, return_index=True, return_inverse=True)
-        order = np.argsort(leader)
-        rank = np.empty(len(order), np.int64)
-        rank[order] = np.arange(len(order))
-        of_node = rank[inverse]
+        of_node = join_nodes(self.begin[-1], self._links)
         by_component = np.argsort(of_node, kind="stable")
-        begin = np.searchsorted(of_node[by_component], np.arange(len(order)))
+        begin = np.searchsorted(of_node[by_component], np.arange(of_node.max() + 1))
         size = np.add.reduceat(np.concatenate(self._size)[by_component], begin)
         size[0] = 0
         return _Components(
@@ -341,24 +326,6 @@ def _first_voxels(labels: np.ndarray, n: int) -> np.ndarray:
         # Of equal indices the last assignment holds: that of the first voxel
         first[values[starts]] = starts + z * plane
     return first
-
-
-def _links(below: np.ndarray, above: np.ndarray, connectivity: Connectivity) -> np.ndarray:
-    """Return pairs of nodes (n, 2) that belong together because their voxels on two adjacent planes touch.
-
-    Voxels that are connected within one plane are of one node already, so the components of the two planes by
-    themselves join exactly what has to be joined.
-    """
-    nodes = np.stack([below, above])
-    touching = _label(nodes > 0, connectivity).reshape(-1)
-    nodes = nodes.reshape(-1)
-    changed = np.append(True, (nodes[1:] != nodes[:-1]) | (touching[1:] != touching[:-1]))
-    starts = np.flatnonzero((nodes > 0) & changed)
-    touching, nodes = touching[starts], nodes[starts]
-    order = np.lexsort((nodes, touching))
-    touching, nodes = touching[order], nodes[order]
-    same = (touching[1:] == touching[:-1]) & (nodes[1:] != nodes[:-1])
-    return np.stack([nodes[:-1][same], nodes[1:][same]], 1)
 
 
 @dataclass
