@@ -10,7 +10,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,17 @@ from cellmap_pipe.files import read_json, write_json
 def _score(arguments: argparse.Namespace) -> int:
     from cellmap_pipe.evaluation.official import score_submission, score_table
 
-    result = score_submission(arguments.submission, arguments.truth, rules=arguments.rules, workers=arguments.workers)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is better known before
+    with _bar("label") as shown:
+        result = score_submission(
+            arguments.submission,
+            arguments.truth,
+            rules=arguments.rules,
+            workers=arguments.workers,
+            memory_gb=arguments.memory_gb,
+            progress=shown,
+        )
     if arguments.out:
         write_json(arguments.out, result)
     _say(score_table(result))
@@ -29,26 +40,47 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    from cellmap_pipe.evaluation.flight import as_json, validate
+    from cellmap_pipe.evaluation.flight import as_json, unanswered, validate
+    from cellmap_pipe.evaluation.forecast import forecast, presence, read_validation
+    from cellmap_pipe.evaluation.manifest import read_manifest
 
-    problems = validate(arguments.submission, arguments.volumes, arguments.classes, workers=arguments.workers)
-    return _report(arguments.submission, as_json(problems, "error"), as_json(problems, "warning"))
+    rows = read_manifest(arguments.manifest, arguments.classes)
+    validation = read_validation(arguments.scores) if arguments.scores else None
+    problems = validate(
+        arguments.submission,
+        arguments.manifest,
+        arguments.classes,
+        workers=arguments.workers,
+        presence=presence(validation[0]) if validation else None,
+    )
+    status = _report(arguments.submission, as_json(problems, "error"), as_json(problems, "warning"))
+    if validation:
+        records, source, rules = validation
+        labels = {row.label for row in rows}
+        _say_forecast({**forecast(records, labels, unanswered(problems, rows)), "source": source, "rules": rules})
+    return status
 
 
 def _pack(arguments: argparse.Namespace) -> int:
     from cellmap_pipe.evaluation.submission import pack
 
-    report = arguments.report or arguments.archive.with_suffix(".json")
+    report = arguments.report or arguments.out.with_suffix(".json")
+    for path in (arguments.out, report):
+        path.parent.mkdir(parents=True, exist_ok=True)
     pack(
-        arguments.segmentation,
-        arguments.volumes,
-        arguments.archive,
+        arguments.predictions,
+        arguments.manifest,
+        arguments.out,
         report,
         classes=arguments.classes,
         workers=arguments.workers,
+        scores=arguments.scores,
     )
     result = read_json(report)
-    return _report(arguments.archive, result["problems"], result["warnings"])
+    status = _report(arguments.out, result["problems"], result["warnings"])
+    if result.get("forecast"):
+        _say_forecast(result["forecast"])
+    return status
 
 
 def _phantom(arguments: argparse.Namespace) -> int:
@@ -141,12 +173,54 @@ def _at_least(least: int) -> Callable[[str], int]:
     return number
 
 
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
 def _report(archive: Path, problems: Sequence[str], warnings: Sequence[str]) -> int:
     for line in [*(f"problem: {text}" for text in problems), *(f"warning: {text}" for text in warnings)]:
         _say(line)
     verdict = f"{len(problems)} problems" if problems else "ready to send"
     _say(f"{archive}: {verdict}, {len(warnings)} warnings")
     return 1 if problems else 0
+
+
+def _say_forecast(forecast: Mapping[str, Any]) -> None:
+    """Print the score to expect: overall, by class, and the classes that count 0."""
+    from cellmap_pipe.evaluation.rules import get_rules
+
+    width = max([14, *(len(label) + 2 for label in forecast["label_scores"])])
+    _say(f"{'label':<{width}}{'score':>8}{'95 %':>18}{'crops':>7}")
+    for label, score in forecast["label_scores"].items():
+        if score["crops"]:
+            _say(f"{label:<{width}}{score['score']:>8.4f}{_interval(score):>18}{score['crops']:>7}")
+    _say(f"{'overall':<{width}}{forecast['score']:>8.4f}{_interval(forecast):>18}{forecast['crops']:>7}")
+    for key, why in (("unanswered", "no voxel in the submission"), ("unvalidated", "not in the validation scores")):
+        if forecast[key]:
+            _say(f"{why}, counted as 0: {', '.join(forecast[key])}")
+    rules = get_rules(forecast["rules"])
+    _say(f"as on the validation crops of {forecast['source']}; rules {rules.name}; {rules.note}")
+
+
+def _interval(score: Mapping[str, float]) -> str:
+    return f"{score['low']:.4f} - {score['high']:.4f}"
+
+
+@contextmanager
+def _bar(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield what is told (done, in all) and draws it on standard error, if that is a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(total=0, unit=unit, disable=None, leave=False) as bar:
+
+        def shown(done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        yield shown
 
 
 def _say(text: str) -> None:
@@ -168,23 +242,37 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("truth", type=Path, help="zip file or zarr folder with crop{N}/{label}")
     score.add_argument("--rules", default="csc-2026.06", help="version of the rules (default: %(default)s)")
     score.add_argument("--out", type=Path, help="JSON file for the scores and the record of every label")
+    score.add_argument(
+        "--memory-gb", type=_positive, help="for all workers together (default: 80 %% of what is available)"
+    )
     score.set_defaults(run=_score)
 
     validate = commands.add_parser("validate", help="check a submission before it is sent")
-    validate.add_argument("submission", type=Path, help="zip file")
-    validate.add_argument("volumes", type=Path, help="CSV of the volumes, as test_crop_manifest.csv")
+    validate.add_argument("submission", type=Path, help="zip file or zarr folder with crop{N}/{label}")
     validate.set_defaults(run=_validate)
 
-    pack = commands.add_parser("pack", help="pack segmentations as a submission")
-    pack.add_argument("segmentation", type=Path, help="JSON of the segmentations (results/segment/.../test.json)")
-    pack.add_argument("volumes", type=Path, help="CSV of the volumes, as test_crop_manifest.csv")
-    pack.add_argument("archive", type=Path, help="zip file to write")
+    pack = commands.add_parser("pack", help="pack segmentations as a submission, and check it")
+    pack.add_argument(
+        "predictions", type=Path, help="zip file or zarr folder with crop{N}/{label}, or results/segment/.../test.json"
+    )
+    pack.add_argument("--out", type=Path, required=True, help="zip file to write")
     pack.add_argument("--report", type=Path, help="JSON file for the check (default: beside the zip file)")
     pack.set_defaults(run=_pack)
 
     for command in (score, validate, pack):
         command.add_argument("--workers", type=_at_least(1), default=os.cpu_count() or 1, help="default: %(default)s")
     for command in (validate, pack):
+        command.add_argument(
+            "--manifest", type=Path, required=True, help="CSV of the (crop, label) rows: test_crop_manifest.csv"
+        )
+        command.add_argument(
+            "--scores",
+            type=Path,
+            nargs="+",
+            default=[],
+            metavar="JSON",
+            help="validation scores of all folds (results/scores/{source}/fold*.json), to predict the score from",
+        )
         command.add_argument(
             "--classes", nargs="+", default=[], metavar="CLASS", help="what an empty class_label in the CSV stands for"
         )

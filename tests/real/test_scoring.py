@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 
 from cellmap_pipe.evaluation import aggregate, match_geometry, missing_label, score_instance, score_semantic
+from cellmap_pipe.evaluation.alignment import align
 from cellmap_pipe.evaluation.container import open_container
 from cellmap_pipe.evaluation.manifest import read_manifest
 from cellmap_pipe.evaluation.official import score_submission
@@ -48,26 +50,26 @@ def test_record_is_the_official_one(name):
 
 
 @pytest.mark.parametrize("name", expected(CASES / "alignment"))
-def test_alignment_is_the_official_one(name):
+def test_alignment_is_the_official_one(name, tmp_path):
     case, arrays = expected(CASES / "alignment")[name], np.load(CASES / "alignment" / f"{name}.npz")
-    result = match_geometry(
-        arrays["pred"],
-        case["label"],
-        case["pred_voxel_size"],
-        case["pred_translation"],
-        case["voxel_size"],
-        case["shape"],
-        case["translation"],
-    )
+    names = ("label", "pred_voxel_size", "pred_translation", "voxel_size", "shape", "translation")
+    target = [case[key] for key in names]
+    result = match_geometry(arrays["pred"], *target)
     assert result.dtype == case["expected_dtype"]
     assert np.array_equal(result, arrays["expected"])
+    zarr.create_array(tmp_path / "p.zarr/crop1/x", data=arrays["pred"], chunks=(16,) * 3, zarr_format=2)
+    streamed = align(open_container(tmp_path / "p.zarr").array("crop1", "x"), *target)
+    planes = [streamed[z : z + 7] for z in range(0, case["shape"][0], 7)]
+    assert np.array_equal(np.concatenate(planes), arrays["expected"])
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_submission_scores_are_the_official_ones(workers):
+@pytest.mark.parametrize("memory_gb", [None, 1e-6])
+def test_submission_scores_are_the_official_ones(workers, memory_gb):
     folder = CASES / "submission"
     wanted = expected(folder)
-    result = score_submission(folder / "submission.zarr", folder / "truth.zarr", workers=workers)
+    truth = folder / "truth.zarr"
+    result = score_submission(folder / "submission.zarr", truth, workers=workers, memory_gb=memory_gb)
     own = {"total_evals", "git_version"}
     assert_same(result, {key: value for key, value in wanted["public"].items() if key not in own})
     crops = {key: value for key, value in wanted["extended"].items() if key.startswith("crop")}

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -360,3 +361,13 @@ def test_label_maps_are_read_slab_by_slab(tmp_path: Path, monkeypatch: pytest.Mo
         np.testing.assert_array_equal(label_map.planes(first, last), volume[first:last])
     with pytest.raises(ContractError, match="shape"):
         LabelMapFile(tmp_path / "a.nii.gz", (39, 5, 8)).planes(0, 1)
+
+
+def test_no_score_depends_on_the_memory_it_is_given(crops_of: Any) -> None:
+    rng = np.random.default_rng(0)
+    nuc = np.kron(rng.integers(0, 2, (5, 4, 4)), np.ones((6, 6, 6), int)).astype(np.uint16)
+    crops = crops_of((4, 4, 4), (8, 8, 8)).add(1, {"nuc": nuc, "pm": (nuc == 0).astype(np.uint8)}, coarse=["nuc"])
+    expected = crops.score()
+    shutil.rmtree(crops.folder / "ceiling")
+    assert crops.score(memory_gb=1e-6) == expected
+    assert {record["status"] for record in expected.values()} == {"scored"}

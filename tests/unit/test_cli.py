@@ -1,5 +1,8 @@
+import io
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +14,13 @@ from cellmap_pipe.errors import DataError
 MANIFEST = "crop_name,dataset,class_label,voxel_size,translation,shape\n7,jrc_x,ecs,[8;8;8],[4;4;4],[6;6;6]\n"
 
 
-def write_answers(path: Path, mask: np.ndarray) -> Path:
-    """Write crop7/ecs in the challenge's format."""
-    root = zarr.open_group(path, mode="w", zarr_format=2)
-    array = root.create_array("crop7/ecs", data=mask.astype(np.uint8), chunks=(6, 6, 6))
+NUC = "7,jrc_x,nuc,[8;8;8],[4;4;4],[6;6;6]\n"
+
+
+def write_answers(path: Path, mask: np.ndarray, label: str = "ecs", dtype: Any = np.uint8) -> Path:
+    """Write crop7/{label} in the challenge's format."""
+    root = zarr.open_group(path, mode="a", zarr_format=2)
+    array = root.create_array(f"crop7/{label}", data=mask.astype(dtype), chunks=(6, 6, 6))
     array.attrs.update({"voxel_size": [8, 8, 8], "translation": [4, 4, 4], "shape": [6, 6, 6]})
     return path
 
@@ -36,17 +42,119 @@ def test_scores_are_printed_and_written(tmp_path, mask, capsys):
     assert "1.0000" in printed
 
 
+def test_both_rules_stand_side_by_side_and_where_they_differ(tmp_path, capsys):
+    truth, answer = np.zeros((6, 6, 6), np.uint8), np.zeros((6, 6, 6), np.uint8)
+    truth[3:6, 3:6, 3:6] = 2
+    truth[0, 0, 1] = 1  # component 1 of the answer, unmatched, joins it by its number
+    answer[0, 0, 0], answer[3:6, 3:6, 3:6] = 5, 6
+    for name, values in (("truth", truth), ("answer", answer)):
+        write_answers(tmp_path / f"{name}.zarr", values, "nuc")
+    paths = [str(tmp_path / name) for name in ("answer.zarr", "truth.zarr")]
+    assert main(["score", *paths, "--memory-gb", "0.5"]) == 0
+    printed = capsys.readouterr()
+    header, row = printed.out.splitlines()[:2]
+    assert header.split() == ["label", "F1", "Hausdorff", "csc-2026.06", "clean"]
+    assert row.split()[0] == "nuc" and row.split()[3] != row.split()[4]
+    assert "counts otherwise in crop7/nuc" in printed.out
+    assert "rules csc-2026.06" in printed.out and "may differ" in printed.out
+    assert printed.err == ""  # no terminal, no progress bar
+    assert main(["score", *paths, "--rules", "csc-2026.07"]) == 0
+    assert "csc-2026.07 is provisional" in capsys.readouterr().out
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_shows_how_far_the_scoring_is(tmp_path, mask, monkeypatch):
+    paths = [str(write_answers(tmp_path / name, mask)) for name in ("answer.zarr", "truth.zarr")]
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert main(["score", *paths, "--workers", "1"]) == 0
+    assert "0/1" in sys.stderr.getvalue() and "1/1" in sys.stderr.getvalue()
+
+
+def test_labels_that_fail_are_named_and_the_status_says_so(tmp_path, mask, capsys):
+    truth, answer = write_answers(tmp_path / "truth.zarr", mask), write_answers(tmp_path / "answer.zarr", mask)
+    for name, values in (("truth", mask), ("answer", np.full(mask.shape, np.nan))):
+        write_answers(tmp_path / f"{name}.zarr", values, "er", dtype=np.asarray(values).dtype)
+    assert main(["score", str(answer), str(truth), "--workers", "1", "--out", str(tmp_path / "new/scores.json")]) == 1
+    assert "FAILED crop7/er: prediction has values that are not finite" in capsys.readouterr().out
+    assert json.loads((tmp_path / "new/scores.json").read_text())["label_scores"]["ecs"]["iou"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["score", "answer.zarr", "truth.zarr", "--rules", "cleen"], "unknown version 'cleen'; did you mean 'clean'?"),
+        (["score", "truth.zarr", "none.zarr"], "none.zarr: there is no such"),
+        (["score", "answer.zarr", "volumes.csv"], "volumes.csv: is not a readable zip file"),
+        (["validate", "answer.zarr", "--manifest", "none.csv"], "none.csv: the manifest cannot be read"),
+        (
+            ["validate", "answer.zarr", "--manifest", "volumes.csv", "--scores", "none.json"],
+            "none.json: cannot be read",
+        ),
+        (["validate", "answer.zarr", "--manifest", "volumes.csv", "--scores", "x.json"], "holds no validation scores"),
+        (["pack", "none.zarr", "--manifest", "volumes.csv", "--out", "s.zip"], "none.zarr"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line_with_its_path(tmp_path, monkeypatch, mask, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "volumes.csv").write_text(MANIFEST)
+    (tmp_path / "x.json").write_text("{}")
+    write_answers(tmp_path / "truth.zarr", mask)
+    write_answers(tmp_path / "answer.zarr", mask)
+    assert main([*arguments, "--workers", "1"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("ERROR ") and message in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "inf", "much"])
+def test_memory_that_cannot_be_is_refused(value, capsys):
+    with pytest.raises(SystemExit):
+        main(["score", "a", "b", "--memory-gb", value])
+    assert "argument --memory-gb:" in capsys.readouterr().err
+
+
 def test_a_complete_submission_is_ready_to_send(tmp_path, mask, capsys):
     (tmp_path / "volumes.csv").write_text(MANIFEST)
     answer = write_answers(tmp_path / "answer.zarr", mask)
-    assert main(["validate", str(answer), str(tmp_path / "volumes.csv"), "--workers", "1"]) == 0
-    assert "ready to send" in capsys.readouterr().out
+    manifest = ["--manifest", str(tmp_path / "volumes.csv"), "--workers", "1"]
+    assert main(["validate", str(answer), *manifest]) == 0
+    printed = capsys.readouterr().out
+    assert "ready to send" in printed and "overall" not in printed
+
+
+def test_the_score_to_expect_is_printed_with_its_interval_and_what_counts_nothing(tmp_path, mask, capsys):
+    (tmp_path / "volumes.csv").write_text(MANIFEST + NUC + NUC.replace("nuc", "er") + NUC.replace("nuc", "pm"))
+    for label in ("nuc", "er", "ecs", "pm"):
+        answer = write_answers(tmp_path / "answer.zarr", mask & (label != "er"), label)
+    fold = {"model": "net", "fold": "0", "rules": "csc-2026.06"}
+    for number in (0, 1):
+        counts = {"crop": f"x/crop{number}", "tp": 4 + number, "fp": 1, "fn": 1, "status": "scored"}
+        records = [{**counts, "label": "ecs"}, {**counts, "label": "er"}]
+        records.append({**counts, "label": "nuc", "hausdorff_norm_sum": 3.0, "n_hausdorff": 6})
+        (tmp_path / f"fold{number}.json").write_text(json.dumps({**fold, "records": records}))
+    scores = ["--scores", *(str(tmp_path / f"fold{number}.json") for number in (0, 1))]
+    manifest = ["--manifest", str(tmp_path / "volumes.csv"), "--workers", "1"]
+    assert main(["validate", str(answer), *manifest, *scores]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("warning: crop7/er") for line in lines)
+    (overall,) = (line.split() for line in lines if line.startswith("overall"))
+    low, score, high = float(overall[2]), float(overall[1]), float(overall[4])
+    assert 0 < low <= score <= high < 1
+    assert "no voxel in the submission, counted as 0: er" in lines
+    assert "not in the validation scores, counted as 0: pm" in lines
+    assert "crops of net; rules csc-2026.06; the score" in lines[-1]
+    assert main(["pack", str(answer), *manifest, *scores, "--out", str(tmp_path / "s.zip")]) == 0
+    packed = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in packed if line.startswith("overall")] == [overall]
 
 
 def test_a_missing_array_is_a_problem(tmp_path, mask, capsys):
-    (tmp_path / "volumes.csv").write_text(MANIFEST + "7,jrc_x,nuc,[8;8;8],[4;4;4],[6;6;6]\n")
+    (tmp_path / "volumes.csv").write_text(MANIFEST + NUC)
     answer = write_answers(tmp_path / "answer.zarr", mask)
-    assert main(["validate", str(answer), str(tmp_path / "volumes.csv"), "--workers", "1"]) == 1
+    assert main(["validate", str(answer), "--manifest", str(tmp_path / "volumes.csv"), "--workers", "1"]) == 1
     assert "crop7/nuc" in capsys.readouterr().out
 
 
@@ -68,10 +176,11 @@ def test_segmentations_are_packed_and_checked(tmp_path, mask, capsys):
         "cause": "",
     }
     (tmp_path / "test.json").write_text(json.dumps({"records": [record]}))
-    paths = [str(tmp_path / name) for name in ("test.json", "volumes.csv", "submission.zip")]
-    assert main(["pack", *paths, "--workers", "1"]) == 0
+    paths = {"--manifest": tmp_path / "volumes.csv", "--out": tmp_path / "new/submission.zip"}
+    options = [str(word) for option in paths.items() for word in option]
+    assert main(["pack", str(tmp_path / "test.json"), *options, "--workers", "1"]) == 0
     assert "ready to send" in capsys.readouterr().out
-    assert json.loads((tmp_path / "submission.json").read_text())["problems"] == []
+    assert json.loads((tmp_path / "new/submission.json").read_text())["problems"] == []
 
 
 def test_an_error_is_one_line_and_exit_status_2(tmp_path, capsys):

@@ -5,11 +5,15 @@ import shutil
 import numpy as np
 import pytest
 import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cellmap_pipe.classes import score_ceiling
 from cellmap_pipe.errors import ConfigError, ContractError
-from cellmap_pipe.evaluation import aggregate, score_instance, score_semantic
-from cellmap_pipe.evaluation.crops import evaluate_fold
+from cellmap_pipe.evaluation import aggregate, crops, score_instance, score_semantic
+from cellmap_pipe.evaluation.bootstrap import bootstrap
+from cellmap_pipe.evaluation.crops import evaluate_fold, score_crop_label
+from cellmap_pipe.prepare.labels import LabelReader, read_label
 
 VOXEL, TRANSLATION, SHAPE = (4.0, 4.0, 4.0), (10.0, 20.0, 32.5), (16, 16, 16)
 CLASSES = ["mito_mem", "er", "mito", "nuc"]
@@ -70,7 +74,7 @@ def fold(tmp_path, ngff):
     return tmp_path, records
 
 
-def evaluate(fold, *, rules="csc-2026.06", workers=1, classes=CLASSES, labels=None):
+def evaluate(fold, *, rules="csc-2026.06", workers=1, classes=CLASSES, labels=None, memory_gb=None):
     path, records = fold
     (path / "validation.json").write_text(
         json.dumps({"model": "net", "fold": "0", "subset": "validation", "records": records})
@@ -84,6 +88,7 @@ def evaluate(fold, *, rules="csc-2026.06", workers=1, classes=CLASSES, labels=No
         classes=classes,
         labels=labels,
         workers=workers,
+        memory_gb=memory_gb,
     )
     return json.loads((path / "scores.json").read_text())
 
@@ -218,6 +223,87 @@ def test_segmentations_on_other_voxels_are_aligned_by_the_rules(fold):
     assert result["differs"] == ["jrc_x/crop1/er", "jrc_x/crop1/mito"]
     assert len(result["clean_records"]) == 2
     assert result["clean"]["overall_score"] != result["aggregate"]["overall_score"]
+
+
+def test_every_aggregate_can_be_recomputed_from_the_file(fold):
+    path, records = fold
+    attributes = path / records[0]["path"] / "er/s0/.zattrs"
+    moved = {**json.loads(attributes.read_text()), "translation": [TRANSLATION[0] + 4, *TRANSLATION[1:]]}
+    attributes.write_text(json.dumps(moved))
+    result = evaluate(fold)
+    assert aggregate(result["records"]) == result["aggregate"]
+    assert bootstrap(result["records"]) == result["interval"]
+    clean = {(record["crop"], record["label"]): record for record in result["records"] + result["clean_records"]}
+    assert result["clean_records"] and aggregate(clean.values()) == result["clean"]
+    alone = evaluate(fold, rules="clean")
+    assert (alone["aggregate"], alone["differs"]) == (result["clean"], [])
+
+
+@pytest.mark.parametrize("rules", ["csc-2026.06", "clean", "csc-2026.07"])
+def test_the_background_is_what_all_zeros_score(fold, rules):
+    path, records = fold
+    truth = truth_of(1)["mito"]
+    truth[::2, ::2, ::2] = np.arange(3, 3 + 8**3).reshape(8, 8, 8)  # hundreds, and more components than objects
+    array = zarr.open_array(path / "data/jrc_x/jrc_x.zarr/labels/crop1/mito/s0", mode="r+")
+    array[:] = truth
+    with_answer = evaluate(fold, rules=rules)["background"]
+    for record in records:
+        zarr.open_array(path / record["path"] / "mito/s0", mode="r+")[:] = 0
+    zeros = evaluate(fold, rules=rules)
+    assert zeros["background"] == with_answer
+    assert zeros["background"]["label_scores"]["mito"] == zeros["aggregate"]["label_scores"]["mito"]
+
+
+def test_objects_of_a_crop_that_the_evaluator_skips_are_in_the_background(fold):
+    path, records = fold
+    dust = np.zeros(SHAPE, np.uint16)
+    dust[::2, ::2, ::2] = 1
+    zarr.open_array(path / records[0]["path"] / "mito/s0", mode="r+")[:] = dust
+    result = evaluate(fold)
+    skipped = next(r for r in result["records"] if (r["crop"], r["label"]) == ("jrc_x/crop1", "mito"))
+    assert (skipped["status"], skipped["fn"]) == ("skipped_too_many_instances", 0)
+    assert result["differs"] == ["jrc_x/crop1/mito"] and result["clean_records"][0]["fn"] == 2
+    assert result["background"]["label_scores"]["mito"]["fn"] == 4
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_score_depends_on_the_memory_it_is_given(fold, workers):
+    assert evaluate(fold, workers=workers, memory_gb=1e-6) == evaluate(fold)
+
+
+def score_but_one(task):
+    if task.crop == "jrc_x/crop1" and task.label == "mito":
+        raise MemoryError
+    return score_crop_label(task)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_label_for_which_memory_does_not_suffice_fails_alone(fold, monkeypatch, workers):
+    expected = evaluate(fold)
+    monkeypatch.setattr(crops, "score_crop_label", score_but_one)
+    result = evaluate(fold, workers=workers)
+    (line,) = result["failed"]
+    assert line.startswith("jrc_x/crop1/mito: ") and "--memory-gb" in line
+    assert [r for r in result["records"] if r["status"] != "failed"] == [
+        r for r in expected["records"] if (r["crop"], r["label"]) != ("jrc_x/crop1", "mito")
+    ]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 9))
+def test_labels_are_read_alike_in_any_planes(ngff, tmp_path_factory, seed, thickness, depth):
+    rng = np.random.default_rng(seed)
+    values = rng.choice([0, 1, 255], (9, 4, 5)).astype(np.uint8)
+    folder = tmp_path_factory.mktemp("labels") / "er"
+    ngff(folder, values, VOXEL, TRANSLATION, chunks=(depth, 2, 5), annotation={})
+    labels = crops.KnownLabels(LabelReader(read_label(folder)), 10**9)
+    assert labels.chunks[0] == depth
+    assert crops.KnownLabels(LabelReader(read_label(folder)), 0).chunks[0] == 1  # a layer of chunks would not fit
+    for start in range(0, 9, thickness):
+        part = slice(start, start + thickness)
+        known = values[part] != 255
+        assert np.array_equal(labels.known[part], known)
+        assert np.array_equal(labels[part], values[part] * known)
 
 
 def test_provisional_rules_are_marked(fold):

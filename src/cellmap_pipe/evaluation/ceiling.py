@@ -7,7 +7,8 @@ works on this grid can be blamed for. Where the label map knows nothing (outside
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,13 +19,14 @@ import numpy as np
 from cellmap_pipe.classes import CLASSES
 from cellmap_pipe.config import RESULT_VERSIONS
 from cellmap_pipe.errors import CellmapError, ContractError
-from cellmap_pipe.evaluation.alignment import is_instance, match_geometry
+from cellmap_pipe.evaluation.alignment import align, held_bytes, is_instance
 from cellmap_pipe.evaluation.challenge import Record
-from cellmap_pipe.evaluation.inputs import check_truth, slabs
-from cellmap_pipe.evaluation.instance import score_instance
+from cellmap_pipe.evaluation.crops import KnownLabels, Planes
+from cellmap_pipe.evaluation.inputs import read_slabs, slabs
+from cellmap_pipe.evaluation.instance import instance_bytes, score_instance, unanswered
 from cellmap_pipe.evaluation.rules import get_rules
 from cellmap_pipe.evaluation.semantic import score_semantic
-from cellmap_pipe.evaluation.tasks import INSTANCE_BYTES, SEMANTIC_BYTES, run_tasks
+from cellmap_pipe.evaluation.tasks import LARGER, budget_bytes, run_tasks
 from cellmap_pipe.files import canonical_json, digest, file_digest, read_json, remove_partials, write_json, write_text
 from cellmap_pipe.geometry import Lattice, Shape3
 from cellmap_pipe.prediction.ensemble import ClassVolumes
@@ -35,8 +37,8 @@ from cellmap_pipe.prediction.store import file_stem
 from cellmap_pipe.prepare.crops import read_crops
 from cellmap_pipe.prepare.em import valid_voxels
 from cellmap_pipe.prepare.label_map import build_label_map
-from cellmap_pipe.prepare.labels import PRESENT, UNKNOWN, LabelArray, LabelReader, empty_means, read_label
-from cellmap_pipe.prepare.ngff import chunk_files, chunk_shape, read_image
+from cellmap_pipe.prepare.labels import PRESENT, LabelArray, LabelReader, empty_means, read_label
+from cellmap_pipe.prepare.ngff import chunk_files, read_image
 from cellmap_pipe.prepare.nifti import nifti_slabs
 from cellmap_pipe.prepare.state_table import decode_table
 
@@ -46,6 +48,9 @@ REMEDY = "run again with -R convert"
 
 # Planes of a label that are read at a time, at most: the chunks of the challenge's arrays are no thicker.
 _LAYER_PLANES = 128
+
+# Bytes per voxel of such a layer: values, states and the answer, and what is made of them.
+_SLAB_BYTES = 12
 
 # What else it takes to score a label: slabs of the label map, and one slab that is resampled.
 _WORKING_BYTES = 300_000_000
@@ -58,6 +63,7 @@ class CeilingTask:
     """One (crop, label): the crop's conversion record, the classes that make the label up, and where things lie.
 
     truth: group of the label's array. em: group of the crop's EM. label_map: NIfTI of the crop on the grid.
+    memory: bytes that it may take.
     """
 
     crop: Record
@@ -68,6 +74,7 @@ class CeilingTask:
     label_map: Path
     thresholds: Mapping[str, float]
     rules: str
+    memory: int
 
     @property
     def target(self) -> Lattice:
@@ -87,11 +94,12 @@ class CeilingTask:
     @property
     def bytes(self) -> int:
         """An estimate of the memory that it takes."""
-        voxels = self.target.voxels
-        layer = math.prod(self.target.shape[1:]) * _LAYER_PLANES
+        shape, layer = self.target.shape, math.prod(self.target.shape[1:]) * _LAYER_PLANES
         grid = self.grid.voxels * 5 if self.from_own_array else 0
-        truth = voxels * INSTANCE_BYTES if is_instance(self.label) else min(voxels, layer) * SEMANTIC_BYTES
-        return _WORKING_BYTES + grid + truth
+        scoring = min(self.target.voxels, layer) * _SLAB_BYTES
+        if is_instance(self.label):  # of a class array the dtype is not known before it is read
+            scoring += instance_bytes(shape, 4, 4)
+        return _WORKING_BYTES + grid + scoring
 
 
 def ceiling_shard(
@@ -119,7 +127,7 @@ def ceiling_shard(
     `out_json`, in a folder of its name.
     Raises ContractError if a converted crop is not in crops.csv.
     """
-    out_json = Path(out_json)
+    out_json, budget = Path(out_json), budget_bytes(memory_gb)
     converted = read_json(convert_json, REMEDY)
     listed = {row["crop"]: row for row in read_crops(crops_csv)}
     parts, _ = outputs_of(converted["classes"], derive)
@@ -140,6 +148,7 @@ def ceiling_shard(
                 label_map=Path(nifti_dir) / crop["files"]["label"]["path"],
                 thresholds=thresholds,
                 rules=get_rules(rules).name,
+                memory=budget,
             )
             for label in listed[name]["annotated"].split(";")
             if label in parts and not _withdrawn(crop, label, labels)
@@ -149,7 +158,8 @@ def ceiling_shard(
     fingerprints = {name: _fingerprint(crop, tasks[name]) for name, crop in crops.items()}
     records = {name: _earlier(sidecars[name], fingerprints[name]) for name in crops}
     todo = [task for name, scored in tasks.items() if not records[name] for task in scored]
-    for task, record in run_tasks(score_ceiling_label, todo, [task.bytes for task in todo], workers, memory_gb):
+    costs = [min(budget, task.bytes) for task in todo]
+    for task, record in run_tasks(score_ceiling_label, todo, costs, workers, budget / 1e9, lost=_lost):
         name = task.crop["crop"]
         records[name].append(record)
         if len(records[name]) == len(tasks[name]) and all(entry["status"] != "failed" for entry in records[name]):
@@ -161,6 +171,8 @@ def ceiling_shard(
         "grid": converted["grid"],
         "voxel_nm": converted["voxel_nm"],
         "rules": get_rules(rules).name,
+        "provisional": get_rules(rules).provisional,
+        "note": get_rules(rules).note,
         "records": sorted(found, key=lambda entry: (entry["crop"], order.index(entry["label"]))),
     }
     # without indentation: the records of 48 classes would else outgrow the megabyte that a declared output may have
@@ -216,15 +228,26 @@ def _earlier(path: Path, fingerprint: str) -> list[Record]:
 
 def score_ceiling_label(task: CeilingTask) -> Record:
     """Return the record of one label of one crop; status "failed" with its cause if it cannot be scored."""
-    kind = "instance" if is_instance(task.label) else "semantic"
-    name = {"crop": task.crop["crop"], "label": task.label, "kind": kind, "voxel_size": list(task.target.voxel_nm)}
     try:
-        return {**name, **(_nowhere(task) or _score(task))}
+        return {**_name(task), **(_nowhere(task) or _score(task))}
     except MemoryError:
         raise
     except (CellmapError, OSError, ValueError, TypeError) as error:
         logger.exception("%s/%s: %s", task.crop["crop"], task.label, error)
-        return {**name, "status": "failed", "is_missing": False, "cause": " ".join(str(error).split())}
+        return _failed(task, str(error))
+
+
+def _name(task: CeilingTask) -> Record:
+    kind = "instance" if is_instance(task.label) else "semantic"
+    return {"crop": task.crop["crop"], "label": task.label, "kind": kind, "voxel_size": list(task.target.voxel_nm)}
+
+
+def _failed(task: CeilingTask, cause: str) -> Record:
+    return {**_name(task), "status": "failed", "is_missing": False, "cause": " ".join(cause.split())}
+
+
+def _lost(task: CeilingTask) -> Record:
+    return _failed(task, f"its process was killed or ran out of memory; {LARGER}")
 
 
 def _nowhere(task: CeilingTask) -> Record | None:
@@ -234,8 +257,7 @@ def _nowhere(task: CeilingTask) -> Record | None:
         return None
     counts = {"tp": 0, "fp": 0, "fn": 0, "status": "scored"}
     if is_instance(task.label):
-        nothing = np.zeros((1, 1, 1), np.uint8)
-        counts = score_instance(nothing, nothing, (1, 1, 1), rules=task.rules)
+        counts = unanswered(0, task.target.shape, task.target.voxel_nm, task.rules)
     return _record(counts, {"tp": 0, "fp": 0, "fn": 0}, source["absent"], task.target.voxel_nm, 0.0)
 
 
@@ -255,59 +277,48 @@ def _record(
 
 
 def _score(task: CeilingTask) -> Record:
-    reader = LabelReader(read_label(task.truth))
-    label, lattice = reader.label, reader.label.level.lattice
-    perfect = _perfect(task, label)
-    answer = _answer(task, perfect, lattice)
+    label = read_label(task.truth)
+    truth = KnownLabels(LabelReader(label), task.memory)
+    lattice, perfect = truth.lattice, _perfect(task, label)
     voxels, known_voxels = {"tp": 0, "fp": 0, "fn": 0}, 0
-    truths, masks = [], []
-    for part in slabs(lattice.shape, chunk_shape(label.level)[0]):
-        values, states = reader.read((part.start, 0, 0), (part.stop, *lattice.shape[1:]))
-        check_truth(values)
-        known = states != UNKNOWN
-        values = values * known
-        counts = score_semantic(answer(part), values, known)
-        for key in voxels:
-            voxels[key] += counts[key]
-        known_voxels += int(np.count_nonzero(known))
-        if is_instance(task.label):
-            truths.append(values)
-            masks.append(known)
-    if is_instance(task.label):
-        truth, mask = np.concatenate(truths), np.concatenate(masks)
-        truths.clear()
-        masks.clear()
-        counts = score_instance(answer(slice(None)), truth, lattice.voxel_nm, mask, task.rules)
-    else:
+    with _answer(task, perfect, lattice) as answer:
+        for planes, values, known in read_slabs((answer, truth, truth.known)):
+            assert known is not None
+            counts = score_semantic(planes, values, known)
+            voxels = {key: voxels[key] + counts[key] for key in voxels}
+            known_voxels += int(np.count_nonzero(known))
         counts = {**voxels, "status": "scored"}
+        if is_instance(task.label):
+            memory_gb = max(0, task.memory - held_bytes(answer)) / 1e9
+            counts = score_instance(answer, truth, lattice.voxel_nm, truth.known, task.rules, memory_gb=memory_gb)
     on_grid = task.crop["counts"].get(task.label, {}).get("present")
     grid_voxels = perfect.voxels(task.parts) if on_grid is None else on_grid
     return _record(counts, voxels, known_voxels, lattice.voxel_nm, grid_voxels * math.prod(task.grid.voxel_nm))
 
 
-def _answer(task: CeilingTask, perfect: "PerfectPrediction", lattice: Lattice) -> Callable[[slice], np.ndarray]:
-    """Return what gives planes of the perfect prediction on the truth's `lattice`: masks, ids for an instance class."""
+@contextmanager
+def _answer(task: CeilingTask, perfect: "PerfectPrediction", lattice: Lattice) -> Iterator[Any]:
+    """Yield the perfect prediction on the truth's `lattice`, read plane by plane: masks, ids for an instance class."""
     mask = partial(Masks(perfect, task.thresholds).union, task.parts)
-    in_place = lattice.same_as(task.target)
-    if is_instance(task.label):
-        with find_objects(mask, task.target, Processing()) as objects:
-            whole = objects.ids(0, task.target.shape[0])
-    elif in_place:
-        return partial(_planes, mask, lattice)
-    else:
-        whole = _planes(mask, task.target, slice(0, task.target.shape[0])).view(np.uint8)
-    if not in_place:  # a label on other voxels than the crop's: the scorer aligns the segmentation
-        place = (task.target.voxel_nm, task.target.translation_nm, lattice.voxel_nm, lattice.shape)
-        whole = match_geometry(whole, task.label, *place, lattice.translation_nm, task.rules)
-    return lambda part: whole[part]
+    with ExitStack() as stack:
+        if is_instance(task.label):
+            objects = stack.enter_context(find_objects(mask, task.target, Processing(), memory_gb=task.memory / 2e9))
+            answer = Planes(task.target.shape, np.dtype(objects.dtype), objects.ids)
+        else:
+            answer = Planes(task.target.shape, np.dtype(np.uint8), partial(_planes, mask, task.target.shape))
+        if lattice.same_as(task.target):
+            yield answer
+        else:  # a label on other voxels than the crop's: the scorer aligns the segmentation
+            place = (task.target.voxel_nm, task.target.translation_nm, lattice.voxel_nm, lattice.shape)
+            yield align(answer, task.label, *place, lattice.translation_nm, task.rules)
 
 
-def _planes(mask: Callable[[int, int], np.ndarray], lattice: Lattice, part: slice) -> np.ndarray:
-    """Return planes of a mask, bool (z, y, x), resampled a few at a time: a layer of chunks may be thick."""
-    result = np.empty((part.stop - part.start, *lattice.shape[1:]), bool)
+def _planes(mask: Callable[[int, int], np.ndarray], shape: Shape3, first: int, last: int) -> np.ndarray:
+    """Return planes of a mask, uint8 (z, y, x), resampled a few at a time: a layer of chunks may be thick."""
+    result = np.empty((last - first, *shape[1:]), bool)
     for piece in slabs(result.shape):
-        result[piece] = mask(part.start + piece.start, part.start + piece.stop)
-    return result
+        result[piece] = mask(first + piece.start, first + piece.stop)
+    return result.view(np.uint8)
 
 
 def _perfect(task: CeilingTask, label: LabelArray) -> "PerfectPrediction":

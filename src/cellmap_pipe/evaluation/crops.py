@@ -4,7 +4,7 @@ import csv
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,29 +13,28 @@ import numpy as np
 
 from cellmap_pipe.classes import CLASSES, get_class, score_ceiling
 from cellmap_pipe.errors import CellmapError, ContractError
-from cellmap_pipe.evaluation.alignment import is_instance, match_geometry, offset_voxels, same_voxel
+from cellmap_pipe.evaluation.alignment import align_by, held_bytes, is_instance, resampling_bytes
 from cellmap_pipe.evaluation.bootstrap import bootstrap
 from cellmap_pipe.evaluation.challenge import Record, aggregate, missing_label
-from cellmap_pipe.evaluation.container import ChunkedArray, Segmentations
-from cellmap_pipe.evaluation.inputs import check_truth, slabs
-from cellmap_pipe.evaluation.instance import score_instance
-from cellmap_pipe.evaluation.rules import PORTAL_NOTE, Rules, get_rules
+from cellmap_pipe.evaluation.container import Segmentations
+from cellmap_pipe.evaluation.inputs import LAYER_BYTES, check_truth, read_slabs
+from cellmap_pipe.evaluation.instance import instance_bytes, score_instance_by, unanswered
+from cellmap_pipe.evaluation.rules import CLEAN, Rules, get_rules
 from cellmap_pipe.evaluation.semantic import score_semantic
-from cellmap_pipe.evaluation.tasks import INSTANCE_BYTES, SEMANTIC_BYTES, run_tasks
+from cellmap_pipe.evaluation.tasks import LARGER, budget_bytes, run_tasks, semantic_bytes
 from cellmap_pipe.files import read_json, write_json
+from cellmap_pipe.geometry import Shape3
 from cellmap_pipe.prepare.labels import UNKNOWN, LabelReader, empty_means, is_empty, read_label
 from cellmap_pipe.prepare.ngff import chunk_shape
 
 logger = logging.getLogger(__name__)
-
-CLEAN = "clean"
 
 
 @dataclass(frozen=True)
 class CropTask:
     """One (crop, label): the group of its label array, and the folder of the segmentation (None: it failed).
 
-    empty_is_unknown: whether an all-zero array says nothing, so that it is not scored.
+    memory: bytes that it may take. empty_is_unknown: whether an all-zero array says nothing, so that it is not scored.
     """
 
     crop: str
@@ -43,6 +42,7 @@ class CropTask:
     truth: str
     segmentation: str | None
     rules: str
+    memory: int
     empty_is_unknown: bool = False
 
 
@@ -86,6 +86,7 @@ def evaluate_fold(
     with open(crops_csv, newline="") as stream:
         crops = {row["crop"]: row for row in csv.DictReader(stream)}
     volumes = content["records"]
+    budget = budget_bytes(memory_gb)
     segmented = {label for volume in volumes if volume["status"] == "ok" for label in volume["classes"]}
     answerable = [name for name in CLASSES if name in segmented or name in classes]
     tasks, costs = [], []
@@ -99,10 +100,10 @@ def evaluate_fold(
         for label in (name for name in answerable if name in row["annotated"].split(";")):
             path = Path(data_root) / row["labels"] / label
             unknown = empty_means(labels, volume["name"], label) == "unknown"
-            tasks.append(CropTask(volume["name"], label, str(path), folder and str(folder), chosen.name, unknown))
-            voxels = math.prod(int(n) for n in row["shape"].split(";")) if row["shape"] else 0
-            costs.append(voxels * (INSTANCE_BYTES if is_instance(label) else SEMANTIC_BYTES))
-    scored = dict(run_tasks(score_crop_label, tasks, costs, workers, memory_gb))
+            task = CropTask(volume["name"], label, str(path), folder and str(folder), chosen.name, budget, unknown)
+            tasks.append(task)
+            costs.append(min(budget, _task_bytes(task)))
+    scored = dict(run_tasks(score_crop_label, tasks, costs, workers, budget / 1e9, lost=_lost))
     tasks = sorted(tasks, key=lambda task: (task.crop, task.label))
     results = [result for task in tasks if (result := scored[task]) is not None]
     withdrawn = [f"{task.crop}/{task.label}" for task in tasks if scored[task] is None]
@@ -129,7 +130,7 @@ def _summary(results: Sequence[CropScore], rules: Rules, answerable: Sequence[st
     return {
         "rules": rules.name,
         "provisional": rules.provisional,
-        "note": rules.note if rules.provisional else PORTAL_NOTE,
+        "note": rules.note,
         "records": records,
         "aggregate": aggregate(records),
         "interval": bootstrap(records),
@@ -166,7 +167,7 @@ def score_crop_label(task: CropTask) -> CropScore | None:
 
     Status "failed" with its cause if it cannot be scored.
     """
-    name = {"crop": task.crop, "label": task.label, "kind": "instance" if is_instance(task.label) else "semantic"}
+    name = _name(task)
     try:
         if task.empty_is_unknown and is_empty(read_label(task.truth)):
             return None
@@ -175,83 +176,148 @@ def score_crop_label(task: CropTask) -> CropScore | None:
         raise
     except (CellmapError, OSError, ValueError, TypeError) as error:
         logger.exception("%s/%s", task.crop, task.label)
-        failed = {**name, "status": "failed", "is_missing": False, "cause": str(error), "dice": None}
-        return CropScore(failed, failed, failed)
+        return _failed(task, str(error))
     return CropScore({**name, **scores.record}, {**name, **scores.clean}, {**name, **scores.background})
 
 
+def _name(task: CropTask) -> dict[str, str]:
+    return {"crop": task.crop, "label": task.label, "kind": "instance" if is_instance(task.label) else "semantic"}
+
+
+def _failed(task: CropTask, cause: str) -> CropScore:
+    failed = {**_name(task), "status": "failed", "is_missing": False, "cause": " ".join(cause.split()), "dice": None}
+    return CropScore(failed, failed, failed)
+
+
+def _lost(task: CropTask) -> CropScore:
+    return _failed(task, f"its process was killed or ran out of memory; {LARGER}")
+
+
+def _task_bytes(task: CropTask) -> int:
+    """Return an estimate of the memory that scoring the label takes; 0 where its arrays cannot be read."""
+    try:
+        truth = KnownLabels(LabelReader(read_label(task.truth)), task.memory)
+        pred = None
+        if task.segmentation is not None:
+            pred = Segmentations(task.segmentation, Path(task.segmentation)).array("", task.label)
+        if pred is None or pred.ndim != 3:
+            return semantic_bytes(truth, truth.known)
+        instance, itemsize = is_instance(task.label), pred.dtype.itemsize
+        extra = resampling_bytes(pred.shape, pred.voxel_size, truth.lattice.voxel_nm, itemsize, instance)
+    except (CellmapError, OSError, ValueError, TypeError):
+        return 0
+    if instance:
+        return extra + instance_bytes(truth.shape, itemsize, truth.dtype.itemsize)
+    return extra + semantic_bytes(truth, truth.known, pred)
+
+
 def _score(task: CropTask) -> CropScore:
-    label = read_label(task.truth)
-    lattice, reader, step = label.level.lattice, LabelReader(label), chunk_shape(label.level)[0]
-
-    def planes(part: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Return truth (0 where unknown) and the mask of known voxels in planes of the crop."""
-        values, states = reader.read((part.start, 0, 0), (part.stop, *lattice.shape[1:]))
-        check_truth(values)
-        known = states != UNKNOWN
-        return values * known, known
-
+    truth = KnownLabels(LabelReader(read_label(task.truth)), task.memory)
+    lattice, instance, all_rules = truth.lattice, is_instance(task.label), _rules_of(task)
     pred = None
     if task.segmentation is not None:
         pred = Segmentations(task.segmentation, Path(task.segmentation)).array("", task.label)
-    by_rules = {
-        name: _aligned(pred, task.label, lattice, get_rules(name)) for name in dict.fromkeys((task.rules, CLEAN))
-    }
-    parts = list(slabs(lattice.shape, step))
-    shared = {"num_voxels": lattice.voxels, "voxel_size": list(lattice.voxel_nm)}
-    voxels = {name: {"tp": 0, "fp": 0, "fn": 0} for name in by_rules}
-    n_known = 0
-    truths, masks = [], []
-    for part in parts:
-        truth, known = planes(part)
-        n_known += int(np.count_nonzero(known))
-        for name, aligned in by_rules.items():
-            answer = np.zeros(truth.shape, np.uint8) if aligned is None else aligned[part]
-            counts = score_semantic(answer, truth, known)
-            for key in voxels[name]:
-                voxels[name][key] += counts[key]
-        if is_instance(task.label):
-            truths.append(truth)
-            masks.append(known)
-    n_truth = voxels[task.rules]["tp"] + voxels[task.rules]["fn"]
-    shared["known_voxels"] = n_known
-
-    if is_instance(task.label):
-        truth, known = np.concatenate(truths), np.concatenate(masks)
-        truths.clear()
-        masks.clear()
-    records: dict[str, Record] = {}
-    for name, aligned in by_rules.items():
-        if pred is None:
-            source = truth if is_instance(task.label) else np.broadcast_to(np.uint8(0), lattice.shape)
-            counts = missing_label(source, task.label)
-            if not is_instance(task.label):
-                counts["fn"] = n_known
-        elif is_instance(task.label):
-            assert aligned is not None
-            counts = score_instance(aligned[:], truth, lattice.voxel_nm, known, name)
-        else:
-            counts = {**voxels[name], "status": "scored"}
-        v = voxels[name]
-        dice = 2 * v["tp"] / (2 * v["tp"] + v["fp"] + v["fn"]) if n_truth else None
-        records[name] = {"is_missing": False, **counts, **shared, "voxels": v, "dice": dice}
-    if is_instance(task.label):
-        empty = score_instance(np.zeros(lattice.shape, np.uint8), truth, lattice.voxel_nm, known, task.rules)
-    else:
-        empty = {"tp": 0, "fp": 0, "fn": n_truth, "status": "scored"}
-    return CropScore(records[task.rules], records[CLEAN], {**empty, **shared, "is_missing": False})
-
-
-def _aligned(pred: ChunkedArray | None, label: str, lattice: Any, rules: Rules) -> ChunkedArray | np.ndarray | None:
-    """Return the segmentation on the truth's voxels: itself where it is there already, so that it can be streamed."""
+    place = (lattice.voxel_nm, lattice.shape, lattice.translation_nm)
     if pred is None:
-        return None
-    place = (lattice.voxel_nm, lattice.translation_nm)
-    if (
-        pred.voxel_size is not None
-        and same_voxel(pred.voxel_size, lattice.voxel_nm)
-        and pred.shape == lattice.shape
-        and not any(offset_voxels(pred.voxel_size, pred.translation, *place, rules))
-    ):
-        return pred
-    return match_geometry(pred[:], label, pred.voxel_size, pred.translation, place[0], lattice.shape, place[1], rules)
+        answers: list[tuple[Any, list[Rules]]] = [(background(lattice.shape), all_rules)]
+    else:
+        answers = align_by(pred, task.label, pred.voxel_size, pred.translation, *place, rules=all_rules)
+    n_known, counted = 0, [dict.fromkeys(("tp", "fp", "fn"), 0) for _ in answers]
+    for values, known, *planes in read_slabs((truth, truth.known, *(answer for answer, _ in answers))):
+        assert known is not None
+        n_known += int(np.count_nonzero(known))
+        for voxels, answered in zip(counted, planes, strict=True):
+            found = score_semantic(answered, values, known)
+            voxels.update({key: voxels[key] + found[key] for key in voxels})
+    shared = {"num_voxels": lattice.voxels, "voxel_size": list(lattice.voxel_nm), "known_voxels": n_known}
+    records: dict[str, Record] = {}
+    for voxels, (answer, of_rules) in zip(counted, answers, strict=True):
+        counts: dict[str, Record] = {rules.name: {**voxels, "status": "scored"} for rules in of_rules}
+        if pred is None:
+            missed = missing_label(truth, task.label)
+            counts = dict.fromkeys(counts, missed if instance else {**missed, "fn": n_known})
+        elif instance:
+            memory_gb = max(0, task.memory - held_bytes(answer)) / 1e9
+            counts = score_instance_by(answer, truth, lattice.voxel_nm, truth.known, of_rules, memory_gb)
+        n_truth = voxels["tp"] + voxels["fn"]
+        dice = 2 * voxels["tp"] / (n_truth + voxels["tp"] + voxels["fp"]) if n_truth else None
+        for name, of_rule in counts.items():
+            records[name] = {"is_missing": False, **of_rule, **shared, "voxels": voxels, "dice": dice}
+    clean = records[CLEAN]
+    empty: Record = {"tp": 0, "fp": 0, "fn": n_truth, "status": "scored"}
+    if instance:  # all objects are counted by `clean`, also of a crop that the evaluator skips
+        empty = unanswered(clean["tp"] + clean["fn"], lattice.shape, lattice.voxel_nm, task.rules)
+    return CropScore(records[task.rules], clean, {**empty, **shared, "is_missing": False})
+
+
+def _rules_of(task: CropTask) -> list[Rules]:
+    return [get_rules(name) for name in dict.fromkeys((task.rules, CLEAN))]
+
+
+@dataclass(frozen=True)
+class Planes:
+    """An array of the shape (z, y, x) whose planes [first, last) a function gives."""
+
+    shape: Shape3
+    dtype: np.dtype[Any]
+    planes: Callable[[int, int], np.ndarray]
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Return whole planes along the first axis."""
+        start, stop, _ = part.indices(self.shape[0])
+        return self.planes(start, stop)
+
+
+def background(shape: Shape3) -> Planes:
+    """Return an answer without any voxel."""
+    return Planes(shape, np.dtype(np.uint8), lambda first, last: np.zeros((last - first, *shape[1:]), np.uint8))
+
+
+class KnownLabels:
+    """A class array of a crop, read plane by plane: its values, 0 where they are unknown; see `known`.
+
+    shape (z, y, x), dtype and chunks as zarr arrays have them, but that chunks are one plane thick where a layer of
+    whole ones is large beside `memory` (bytes). The planes read last are kept: values and mask are asked for in turns.
+    """
+
+    def __init__(self, reader: LabelReader, memory: int) -> None:
+        self._reader, level = reader, reader.label.level
+        self.lattice = level.lattice
+        self.shape, self.dtype = level.lattice.shape, np.dtype(level.dtype)
+        chunks = chunk_shape(level)
+        layer = chunks[0] * math.prod(self.shape[1:]) * self.dtype.itemsize
+        self.chunks = (chunks[0] if layer <= min(LAYER_BYTES, memory / 8) else 1, *chunks[1:])
+        self._held: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None
+
+    @property
+    def known(self) -> "KnownVoxels":
+        """The mask of known voxels."""
+        return KnownVoxels(self)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Return whole planes along the first axis. Raises DataError for values that are no labels."""
+        return self.planes(part)[0]
+
+    def planes(self, part: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Return values and the mask of known voxels, bool, in whole planes."""
+        start, stop, _ = part.indices(self.shape[0])
+        if self._held is None or self._held[0] != (start, stop):
+            self._held = None
+            values, states = self._reader.read((start, 0, 0), (stop, *self.shape[1:]))
+            check_truth(values)
+            known = states != UNKNOWN
+            values[~known] = 0
+            self._held = (start, stop), values, known
+        return self._held[1:]
+
+
+class KnownVoxels:
+    """Where a label is known, bool (z, y, x), read plane by plane."""
+
+    def __init__(self, labels: KnownLabels) -> None:
+        self._labels = labels
+        self.shape, self.chunks, self.dtype = labels.shape, labels.chunks, np.dtype(bool)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Return whole planes along the first axis."""
+        return self._labels.planes(part)[1]

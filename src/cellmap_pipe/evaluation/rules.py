@@ -8,6 +8,9 @@ import numpy as np
 
 from cellmap_pipe.errors import ConfigError
 
+# The name of the rules without the evaluator's defects, which every result is given by too
+CLEAN = "clean"
+
 PORTAL_NOTE = "the score on the challenge's portal may differ: its evaluator changes without notice"
 
 # (distances in nm, cap in nm, length of the voxel's diagonal in nm) -> scores in [0, 1]
@@ -68,7 +71,7 @@ RULES: dict[str, Rules] = {
     for rules in (
         Rules("csc-2026.06", "the official evaluator of 2026-06-30, its defects included"),
         Rules(
-            "clean",
+            CLEAN,
             "csc-2026.06 without identifier collisions, without crops that drop out, and aligned by voxel edges",
             colliding_ids=False,
             skipped_is_missed=True,
