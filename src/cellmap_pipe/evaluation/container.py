@@ -17,11 +17,24 @@ from typing import Any
 import numcodecs
 import numpy as np
 
-from cellmap_pipe.errors import DataError
+from cellmap_pipe.errors import ContractError, DataError
 from cellmap_pipe.files import digest, file_digest, read_json
+from cellmap_pipe.prepare.ngff import compose, unit_nm
 
 # The array of an OME-NGFF image of one resolution, in our segmentations
 MASK_ARRAY = "s0"
+# The names of attributes that the evaluator knows, in the order in which they are looked up
+VOXEL_SIZE_NAMES = ("voxel_size", "resolution", "scale")
+TRANSLATION_NAMES = ("translation", "offset")
+ONE_ZARR = "exactly one must be submitted"
+
+
+class SubmissionError(DataError):
+    """A submission that cannot be opened as a whole. fault: its name in the flight check."""
+
+    def __init__(self, message: str, fault: str = "unreadable submission") -> None:
+        super().__init__(message)
+        self.fault = fault
 
 
 class Container(ABC):
@@ -58,6 +71,69 @@ class Container(ABC):
         name = f"{crop}/{label}" if crop else label
         meta = self.read(f"{name}/.zarray")
         return None if meta is None else ChunkedArray(self, name, meta)
+
+    def images(self, crop: str) -> list[str]:
+        """Return the sorted names of the crop's arrays and of its groups that hold arrays (multiscale images)."""
+        return [name for name in self.children(crop) if self._levels(f"{crop}/{name}" if crop else name)]
+
+    def image(self, crop: str, label: str, voxel_nm: Sequence[float]) -> "ChunkedArray | None":
+        """Return an array of the crop; of a group of resolution levels, the one that the evaluator takes.
+
+        voxel_nm: (z, y, x) in nm, what the level is chosen for (CHALLENGE section 4.2, step 1): by the OME-NGFF
+        metadata the level of least relative difference, without such metadata the nearest that is not coarser. A level
+        has the voxel size and translation of the metadata. None if there is nothing. Raises DataError for metadata that
+        is not understood.
+        """
+        array = self.array(crop, label)
+        if array is not None:
+            return array
+        name = f"{crop}/{label}" if crop else label
+        target = np.asarray(voxel_nm, float)
+        listed = self._multiscale(name)
+        if listed is None:
+            found = [level for path in self._levels(name) if (level := self.array("", path)) is not None]
+            return min(found, key=lambda level: _coarseness(level, target), default=None)
+        levels = []
+        for path, scale, translation in listed:
+            level = self.array("", f"{name}/{path}")
+            if level is not None:
+                level.attributes |= {"voxel_size": scale.tolist(), "translation": translation.tolist()}
+                levels.append((float(np.sum(np.abs(scale - target) / target)), level))
+        return min(levels, key=lambda entry: entry[0])[1] if levels else None
+
+    def _levels(self, name: str) -> list[str]:
+        """Return the array `name`, or the arrays directly in the group `name`."""
+        if self.read(f"{name}/.zarray") is not None:
+            return [name]
+        inner = (f"{name}/{child}" for child in self.children(name))
+        return [path for path in inner if self.read(f"{path}/.zarray") is not None]
+
+    def _multiscale(self, name: str) -> list[tuple[str, np.ndarray, np.ndarray]] | None:
+        """Return path, voxel size and translation (nm) of the levels in a group's OME-NGFF metadata, None without."""
+        text = self.read(f"{name}/.zattrs")
+        where = f"{name}/.zattrs"
+        try:
+            attributes = json.loads(text) if text else {}
+            if not isinstance(attributes, dict) or "multiscales" not in attributes:
+                return None
+            multiscale = attributes["multiscales"][0]
+            nm = unit_nm(multiscale.get("axes"), Path(where))
+            levels = []
+            for entry in multiscale["datasets"]:
+                stages = [part.get("coordinateTransformations") or [] for part in (entry, multiscale)]
+                scale, translation = compose(stages)
+                levels.append((str(entry["path"]), scale * nm, translation * nm))
+            return levels
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise DataError(f"{where}: its multiscales are not understood ({type(error).__name__}: {error})") from error
+
+
+def _coarseness(level: "ChunkedArray", target: np.ndarray) -> float:
+    """Return the evaluator's rank of a level without metadata: its distance from the target, coarser ones last."""
+    voxel = level.voxel_size
+    if voxel is None or len(voxel) != 3:
+        return 1e18
+    return float(np.linalg.norm(voxel - target)) + (0.0 if np.all(voxel <= target) else 1e6)
 
 
 class FolderContainer(Container):
@@ -105,6 +181,9 @@ class Segmentations(FolderContainer):
 
     def array(self, crop: str, label: str) -> "ChunkedArray | None":
         return super().array(crop, f"{label}/{MASK_ARRAY}")
+
+    def images(self, crop: str) -> list[str]:
+        return self.labels(crop)
 
 
 class ZipContainer(Container):
@@ -161,15 +240,21 @@ class ChunkedArray:
         self._container, self.name = container, name
         try:
             self.meta: dict[str, Any] = json.loads(meta)
+            if self.meta.get("zarr_format") != 2:
+                raise ValueError(f"zarr_format {self.meta.get('zarr_format')!r}")
             self.shape = tuple(int(n) for n in self.meta["shape"])
             self.chunks = tuple(int(n) for n in self.meta["chunks"])
+            if len(self.chunks) != len(self.shape) or min((*self.shape, 0)) < 0 or min((*self.chunks, 1)) < 1:
+                raise ValueError(f"chunks {list(self.chunks)} of shape {list(self.shape)}")
             self.dtype = np.dtype(self.meta["dtype"])
-            separator = self.meta.get("dimension_separator", ".")
+            self._order = self.meta.get("order", "C")
+            self.separator = self.meta.get("dimension_separator") or "."
+            if self._order not in ("C", "F") or self.separator not in (".", "/"):
+                raise ValueError(f"order {self._order!r}, dimension_separator {self.separator!r}")
             codecs = [*(self.meta.get("filters") or []), *filter(None, [self.meta.get("compressor")])]
             self._codecs = [numcodecs.get_codec(dict(codec)) for codec in codecs]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{name}/.zarray is not understood ({type(error).__name__}: {error})") from error
-        self._separator = str(separator)
         attributes = container.read(f"{name}/.zattrs")
         try:
             self.attributes: dict[str, Any] = json.loads(attributes) if attributes else {}
@@ -183,36 +268,48 @@ class ChunkedArray:
         return len(self.shape)
 
     def _vector(self, keys: Sequence[str]) -> tuple[float, ...] | None:
+        # The evaluator takes the first name that is there, and null as unknown
         for key in keys:
-            if self.attributes.get(key) is not None:
+            if key in self.attributes:
+                value = self.attributes[key]
                 try:
-                    return tuple(float(v) for v in self.attributes[key])
+                    return None if value is None else tuple(float(v) for v in value)
                 except (TypeError, ValueError, OverflowError):
-                    raise DataError(f"{self.name}/.zattrs: {key} {self.attributes[key]!r} is not a list") from None
+                    raise DataError(f"{self.name}/.zattrs: {key} {value!r} is not a list") from None
         return None
 
     @cached_property
     def voxel_size(self) -> tuple[float, ...] | None:
         """Voxel size (z, y, x) in nm by any of the names that the evaluator knows, None if there is none."""
-        return self._vector(("voxel_size", "resolution", "scale"))
+        return self._vector(VOXEL_SIZE_NAMES)
 
     @cached_property
     def translation(self) -> tuple[float, ...] | None:
         """World position of voxel 0 (z, y, x) in nm by any of the names that the evaluator knows, or None."""
-        return self._vector(("translation", "offset"))
+        return self._vector(TRANSLATION_NAMES)
 
     def key(self, index: Sequence[int]) -> str:
         """Return the name of a chunk's file in the container."""
-        return f"{self.name}/{self._separator.join(map(str, index))}"
+        return f"{self.name}/{self.separator.join(map(str, index))}"
+
+    def files(self) -> Iterator[tuple[str, tuple[int, ...] | None]]:
+        """Yield the files of the array but for its metadata, each with the index of the chunk in it, None if none."""
+        skip = len(self.name) + 1
+        counts = [-(-n // c) for n, c in zip(self.shape, self.chunks, strict=True)]
+        for name, _ in self._container.files(self.name):
+            if name.rpartition("/")[2].startswith("."):
+                continue
+            parts = name[skip:].split(self.separator)
+            index = None
+            if len(parts) == self.ndim and all(part.isascii() and part.isdigit() for part in parts):
+                index = tuple(map(int, parts))
+                if self.key(index) != name or any(i >= n for i, n in zip(index, counts, strict=True)):
+                    index = None
+            yield name, index
 
     def stored_chunks(self) -> Iterator[tuple[int, ...]]:
         """Yield the indices of the chunks that have a file; the others hold the fill value."""
-        n = self.ndim
-        skip = len(self.name) + 1
-        for name, _ in self._container.files(self.name):
-            parts = name[skip:].split(self._separator)
-            if len(parts) == n and all(part.isdigit() for part in parts):
-                yield tuple(map(int, parts))
+        return (index for _, index in self.files() if index is not None)
 
     def chunk(self, index: Sequence[int]) -> np.ndarray | None:
         """Return the voxels of a chunk that lie inside the array, None if it has no file."""
@@ -223,7 +320,7 @@ class ChunkedArray:
         try:
             for codec in reversed(self._codecs):
                 data = codec.decode(data)
-            voxels = np.frombuffer(data, self.dtype).reshape(self.chunks, order=self.meta.get("order", "C"))
+            voxels = np.frombuffer(data, self.dtype).reshape(self.chunks, order=self._order)
         except MemoryError:
             raise
         except Exception as error:  # codecs raise many kinds; all mean that the chunk is damaged
@@ -259,20 +356,21 @@ def open_container(path: str | os.PathLike[str]) -> Container:
     Raises DataError, naming what is there instead.
     """
     path = Path(path)
-    if path.suffix == ".json":
+    if not path.exists():
+        kinds = "the JSON of segmentations, a zip file or a zarr folder"
+        raise SubmissionError(f"{path}: there is no such submission; give {kinds}")
+    if path.suffix == ".json" and path.is_file():
         return _segmentations(path)
     if path.is_file():
         return _zip(path)
-    if not path.is_dir():
-        raise DataError(f"{path}: there is no such submission; give a zip file or a zarr folder")
     zips = sorted(path.glob("*.zip"))
     if len(zips) > 1:
-        raise DataError(f"{path}: holds {len(zips)} zip files; give one of them")
+        raise SubmissionError(f"{path}: holds {len(zips)} zip files; give one of them", "several zip files")
     if zips:
         return _zip(zips[0])
     inner = sorted(folder for folder in (*path.glob("*.zarr"), *path.glob("*/*.zarr")) if folder.is_dir())
     if len(inner) > 1:
-        raise DataError(f"{path}: holds {len(inner)} zarr folders; exactly one must be submitted")
+        raise SubmissionError(f"{path}: holds {len(inner)} zarr folders; {ONE_ZARR}", "several zarr folders")
     return FolderContainer(str(path), inner[0] if inner else path)
 
 
@@ -292,7 +390,7 @@ def _zip(path: Path) -> ZipContainer:
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"{path}: is not a readable zip file ({error})") from error
+        raise SubmissionError(f"{path}: is not a readable zip file ({error})") from error
     prefixes = set()
     for name in archive.namelist():
         parts = name.split("/")
@@ -301,15 +399,32 @@ def _zip(path: Path) -> ZipContainer:
                 prefixes.add("/".join(parts[: depth + 1]) + "/")
                 break
     if len(prefixes) > 1:
-        raise DataError(f"{path}: holds {len(prefixes)} zarr folders; exactly one must be submitted")
+        raise SubmissionError(f"{path}: holds {len(prefixes)} zarr folders; {ONE_ZARR}", "several zarr folders")
     return ZipContainer(str(path), archive, prefixes.pop() if prefixes else "")
 
 
+def segmented(path: Path) -> list[dict[str, Any]]:
+    """Return the records of the volumes that were segmented, each with `folder`, where its labels group lies.
+
+    path: JSON of segmentations. Raises ContractError, naming what is missing and the remedy.
+    """
+    again = "run again with -R segment"
+    content = read_json(path, again)
+    result = []
+    try:
+        for record in content["records"]:
+            if record["status"] != "ok":
+                continue
+            folder = path.parent / record["path"]
+            if not folder.is_dir():
+                raise ContractError(f"{folder}: the segmentation of {record['name']} is missing; {again}")
+            result.append({**record, "folder": folder})
+    except (KeyError, TypeError) as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise ContractError(f"{path}: is not the JSON of segmentations ({cause}); {again}") from error
+    return result
+
+
 def _segmentations(path: Path) -> Segmentations:
-    records = read_json(path, "write it again with -R segment").get("records", [])
-    roots = {
-        record["name"].rpartition("/")[2]: path.parent / record["path"]
-        for record in records
-        if record.get("status") == "ok"
-    }
+    roots = {record["name"].rpartition("/")[2]: record["folder"] for record in segmented(path)}
     return Segmentations(str(path), path.parent, roots)

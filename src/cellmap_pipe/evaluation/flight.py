@@ -7,29 +7,47 @@ import logging
 import math
 import stat
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path, PurePosixPath
 
-import cc3d
 import numpy as np
 
 from cellmap_pipe.classes import CLASSES, contains
 from cellmap_pipe.errors import DataError
 from cellmap_pipe.evaluation.alignment import is_instance
-from cellmap_pipe.evaluation.container import ChunkedArray, Container, ZipContainer, open_container, shared_container
+from cellmap_pipe.evaluation.components import join_nodes, label, links
+from cellmap_pipe.evaluation.container import (
+    TRANSLATION_NAMES,
+    VOXEL_SIZE_NAMES,
+    ChunkedArray,
+    Container,
+    SubmissionError,
+    ZipContainer,
+    open_container,
+    shared_container,
+)
 from cellmap_pipe.evaluation.instance import too_many_instances
-from cellmap_pipe.evaluation.manifest import ManifestRow, read_manifest
+from cellmap_pipe.evaluation.manifest import ManifestRow, crop_name, read_manifest
 from cellmap_pipe.evaluation.tasks import run_tasks
 from cellmap_pipe.geometry import TOLERANCE_NM
 
 logger = logging.getLogger(__name__)
 
 MAX_UNCOMPRESSED = 50 * 2**30
-# Components of larger arrays are not counted: it would take more memory than the check should
-COUNTED_VOXELS = 250_000_000
+LABEL_DTYPES = "write uint8 for semantic classes, uint16 or uint32 ids"
+SMALLER = "store compressed chunks and leave empty ones out"
+LARGEST_ID = 2**32 - 1
+# Voxels counted at once: numpy takes 8 bytes for each of them
+COUNTED_AT_ONCE = 2**24
+# Half of the 26 neighbours of a chunk: each pair of chunks is met once
+HALF_NEIGHBOURS = [(z, y, x) for z, y, x in product((-1, 0, 1), repeat=3) if (z, y, x) > (0, 0, 0)]
+# An answer that is empty is reported if the truth of that share of the validation crops, or more, has the class
+EXPECTED_PRESENCE = 0.5
+# An instance class is one blob if its largest component has that share of the voxels and reaches all faces
+BLOB_SHARE = 0.99
 # A predicted object of fewer voxels is dust when the number of true objects is guessed
 DUST_VOXELS = 8
 # Share of a leaf's voxels that may lie outside its group before it is reported
@@ -38,7 +56,10 @@ LEAF_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Problem:
-    """One fault of a submission. severity: "error" costs score or the whole submission, "warning" asks for a look."""
+    """One fault of a submission.
+
+    severity: "error" costs score or the whole submission, "warning" asks for a look, "note" is as it may be.
+    """
 
     array: str
     fault: str
@@ -50,38 +71,78 @@ class Problem:
         return f"{self.array}: {self.fault}: {self.detail}; {self.remedy}"
 
 
+# In how many validation crops the truth has a class, and of how many: {label: (n, of)}
+Presence = Mapping[str, tuple[int, int]]
+_SEVERITIES = ("error", "warning", "note")
+# Faults of an array without which the evaluator finds no voxel of it
+NO_ANSWER = frozenset(
+    {
+        "missing label",
+        "group instead of array",
+        "not zarr v2",
+        "unreadable array",
+        "all empty",
+        "chunks of another separator",
+    }
+)
+
+
 def validate(
-    submission: str | Path, volumes_csv: str | Path, all_labels: Sequence[str] = (), *, workers: int = 1
+    submission: str | Path,
+    volumes_csv: str | Path,
+    all_labels: Sequence[str] = (),
+    *,
+    workers: int = 1,
+    presence: Presence | None = None,
 ) -> list[Problem]:
     """Return every problem of the submission, errors first, then by array.
 
     submission: zip file or zarr folder. volumes_csv: the challenge's test manifest, or a table like it, whose rows with
-    an empty class_label stand for `all_labels`. Nothing is unpacked.
+    an empty class_label stand for `all_labels`. Nothing is unpacked. presence: by class, in how many validation crops
+    the truth has it, and of how many; an empty answer of a class that fewer than half of them have is only a note.
     """
-    return check(submission, read_manifest(volumes_csv, all_labels), workers=workers)
+    return check(submission, read_manifest(volumes_csv, all_labels), workers=workers, presence=presence)
 
 
-def check(submission: str | Path, rows: Sequence[ManifestRow], *, workers: int = 1) -> list[Problem]:
+def check(
+    submission: str | Path, rows: Sequence[ManifestRow], *, workers: int = 1, presence: Presence | None = None
+) -> list[Problem]:
     """Return what `validate` does, for manifest rows that are read already."""
     try:
         container = open_container(submission)
     except DataError as error:
-        unreadable = Problem(str(submission), "unreadable submission", str(error), "pack it as one zip of one zarr")
+        fault = error.fault if isinstance(error, SubmissionError) else "unreadable submission"
+        unreadable = Problem(str(submission), fault, str(error), "pack it as one zip of one zarr")
         return [*_check_zip(Path(submission)), unreadable]
-    problems = _check_zip(Path(container.path)) if isinstance(container, ZipContainer) else []
+    if isinstance(container, ZipContainer):
+        problems = _check_zip(Path(container.path))
+    else:
+        problems = _check_folder(container)
     problems += _check_format(container, "")
     wanted: dict[str, list[ManifestRow]] = {}
     for row in rows:
         wanted.setdefault(row.crop, []).append(row)
     folders, found = _crop_folders(container, list(wanted))
     problems += found
+    known = dict(presence or {})
     tasks = [
-        _CropTask(str(submission), folders[crop], tuple(of_crop)) for crop, of_crop in wanted.items() if crop in folders
+        _CropTask(str(submission), folders[crop], tuple(of_crop), known)
+        for crop, of_crop in wanted.items()
+        if crop in folders
     ]
-    costs = [max(_counting_bytes(row) for row in task.rows) for task in tasks]
+    costs = [max(_check_bytes(container, task.folder, row) for row in task.rows) for task in tasks]
     for _, found in run_tasks(_check_crop, tasks, costs, workers):
         problems += found
-    return sorted(problems, key=lambda problem: (problem.severity, problem.array, problem.fault))
+    return sorted(problems, key=lambda problem: (_SEVERITIES.index(problem.severity), problem.array, problem.fault))
+
+
+def unanswered(problems: Sequence[Problem], rows: Sequence[ManifestRow]) -> list[str]:
+    """Return the classes of the manifest in whose rows the checked submission has no voxel anywhere, sorted."""
+    absent = {problem.array for problem in problems if problem.fault == "missing crop"}
+    named = (problem.array.partition("/") for problem in problems if problem.fault in NO_ANSWER)
+    empty = {f"{crop_name(folder)}/{label}" for folder, _, label in named}
+    answered = {row.label for row in rows if row.crop not in absent and f"{row.crop}/{row.label}" not in empty}
+    return sorted({row.label for row in rows} - answered)
 
 
 def _check_zip(path: Path) -> list[Problem]:
@@ -91,29 +152,50 @@ def _check_zip(path: Path) -> list[Problem]:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError):
         return []  # no zip, or a broken one: opening the container names it
-    problems = []
-    again = "pack it again"
-    names = sorted(str(PurePosixPath(member.filename)) for member in members)
+    refused, again = "the evaluator refuses it", "pack it again"
+    found: dict[str, list[str]] = {}
     for member in members:
         name = member.filename.replace("\\", "/")
-        where = f"{path.name}:{member.filename}"
         if name.startswith("/") or name[1:2] == ":":
-            problems.append(Problem(where, "absolute path in the zip", "the evaluator refuses it", again))
+            found.setdefault("absolute path in the zip", []).append(member.filename)
         if ".." in name.split("/"):
-            problems.append(Problem(where, "path with '..' in the zip", "the evaluator refuses it", again))
+            found.setdefault("path with '..' in the zip", []).append(member.filename)
         if str(PurePosixPath(name)) == ".":
-            problems.append(Problem(where, "member that is the root", "the evaluator refuses it", again))
+            found.setdefault("member that is the root", []).append(member.filename)
         if stat.S_ISLNK(member.external_attr >> 16):
-            problems.append(Problem(where, "symbolic link in the zip", "the evaluator refuses it", again))
+            found.setdefault("symbolic link in the zip", []).append(member.filename)
+    problems = [
+        Problem(f"{path.name}:{names[0]}", fault, refused + _more(names), again) for fault, names in found.items()
+    ]
     total = sum(member.file_size for member in members)
     if total > MAX_UNCOMPRESSED:
         detail = f"{total / 2**30:.1f} GiB uncompressed, {MAX_UNCOMPRESSED / 2**30:.0f} GiB are allowed"
-        problems.append(Problem(path.name, "zip too large", detail, "store compressed chunks and leave empty ones out"))
-    twice = sorted({a for a, b in pairwise(names) if a == b})
-    problems += [
-        Problem(f"{path.name}:{name}", "duplicated member", "listed twice in the zip", again) for name in twice
-    ]
+        problems.append(Problem(path.name, "zip too large", detail, SMALLER))
+    written = sorted(str(PurePosixPath(member.filename)) for member in members)
+    if twice := sorted({a for a, b in pairwise(written) if a == b}):
+        detail = "listed twice in the zip" + _more(twice)
+        problems.append(Problem(f"{path.name}:{twice[0]}", "duplicated member", detail, again))
+    if backslash := [member.orig_filename for member in members if "\\" in member.orig_filename]:
+        detail = "the name of a file, not a file in folders" + _more(backslash)
+        remedy = "pack it with / between folders"
+        problems.append(Problem(f"{path.name}:{backslash[0]}", "backslashes in the zip", detail, remedy))
     return problems
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" ({len(names)} such)" if len(names) > 1 else ""
+
+
+def _check_folder(container: Container) -> list[Problem]:
+    """Return a problem if the folder, zipped, would be larger than the evaluator unpacks."""
+    try:
+        total = sum(size for _, size in container.files(""))
+    except OSError as error:
+        return [Problem(container.path, "unreadable file", str(error), "write it again, or leave it out")]
+    if total <= MAX_UNCOMPRESSED:
+        return []
+    detail = f"{total / 2**30:.1f} GiB, of which the evaluator unpacks {MAX_UNCOMPRESSED / 2**30:.0f} GiB from a zip"
+    return [Problem(container.path, "folder too large", detail, SMALLER)]
 
 
 def _check_format(container: Container, folder: str) -> list[Problem]:
@@ -128,11 +210,14 @@ def _crop_folders(container: Container, wanted: Sequence[str]) -> tuple[dict[str
     """Return the folder of every wanted crop that is there, and problems with crops as a whole."""
     by_crop: dict[str, list[str]] = {}
     for folder in container.crops():
-        number = folder.removeprefix("crop")
-        by_crop.setdefault(f"crop{int(number)}" if number.isdigit() else folder, []).append(folder)
+        by_crop.setdefault(crop_name(folder), []).append(folder)
     problems: list[Problem] = []
     for crop, names in by_crop.items():
-        if crop not in wanted:
+        inner = [folder for folder in container.children(names[0]) if crop_name(folder) in wanted]
+        if crop not in wanted and inner:
+            detail = f"{inner[0]} and others are in the folder {names[0]}, where the evaluator does not look"
+            problems.append(Problem(names[0], "crops inside a folder", detail, "put them into the root"))
+        elif crop not in wanted:
             detail = "not in the manifest, ignored by the evaluator"
             problems.append(Problem(names[0], "extra crop", detail, "leave it out", "warning"))
         elif len(names) > 1:
@@ -147,9 +232,16 @@ def _crop_folders(container: Container, wanted: Sequence[str]) -> tuple[dict[str
     return folders, problems
 
 
-def _counting_bytes(row: ManifestRow) -> int:
-    voxels = row.lattice.voxels
-    return 12 * voxels if is_instance(row.label) and voxels <= COUNTED_VOXELS else 50_000_000
+def _check_bytes(container: Container, folder: str, row: ManifestRow) -> int:
+    """Return an estimate of the memory that checking one array takes."""
+    try:
+        array = container.array(folder, row.label)
+    except DataError:
+        return 0
+    if array is None:
+        return 0
+    # Labels, and what decoders, cc3d and numpy need besides (measured, with a margin)
+    return 150_000_000 + math.prod(array.chunks) * (3 * array.dtype.itemsize + (8 if is_instance(row.label) else 2))
 
 
 @dataclass(frozen=True)
@@ -157,6 +249,7 @@ class _CropTask:
     submission: str
     folder: str
     rows: tuple[ManifestRow, ...]
+    presence: Presence
 
 
 def _check_crop(task: _CropTask) -> list[Problem]:
@@ -167,11 +260,11 @@ def _check_crop(task: _CropTask) -> list[Problem]:
         if not name.startswith(".") and name not in wanted and name != "zarr.json":
             detail = "not in the manifest, ignored by the evaluator"
             problems.append(Problem(f"{task.folder}/{name}", "extra label", detail, "leave it out", "warning"))
-    arrays: dict[str, ChunkedArray] = {}
+    arrays: dict[str, _Scanned] = {}
     for row in task.rows:
         name = f"{task.folder}/{row.label}"
         try:
-            found, array = _check_row(container, name, task.folder, row)
+            found, array = _check_row(container, name, task, row)
         except MemoryError:
             raise
         except DataError as error:
@@ -187,16 +280,22 @@ def _check_crop(task: _CropTask) -> list[Problem]:
 
 
 def _check_row(
-    container: Container, name: str, folder: str, row: ManifestRow
-) -> tuple[list[Problem], ChunkedArray | None]:
-    """Return the problems of the row's array, and the array itself if it can be compared with others."""
-    array = container.array(folder, row.label)
+    container: Container, name: str, task: _CropTask, row: ManifestRow
+) -> tuple[list[Problem], "_Scanned | None"]:
+    """Return the problems of the row's array, and the array with its content if it can be compared with others."""
+    array = container.array(task.folder, row.label)
     if array is None:
         return _absent(container, name), None
     found = _check_geometry(array, row)
-    content = _check_content(array, row) if array.ndim == 3 else []
-    sound = array.ndim == 3 and not found and not any(problem.severity == "error" for problem in content)
-    return found + content, array if sound else None
+    if array.ndim != 3:
+        return found, None
+    if array.dtype.kind not in "buif":
+        detail = f"dtype {array.dtype}"
+        return [*found, Problem(name, "unusable dtype", detail, LABEL_DTYPES)], None
+    scanned = _Scanned(array, scan(array))
+    problems = found + _check_content(scanned, row, task.presence)
+    sound = not found and not any(problem.severity == "error" for problem in problems)
+    return problems, scanned if sound else None
 
 
 def _absent(container: Container, name: str) -> list[Problem]:
@@ -250,10 +349,23 @@ def _check_geometry(array: ChunkedArray, row: ManifestRow) -> list[Problem]:
         problems.append(Problem(name, "no translation", detail, "write it in nm, (z, y, x): centre of voxel 0"))
     elif len(translation) != 3 or not np.allclose(translation, target.translation_nm, rtol=0, atol=TOLERANCE_NM):
         problems.append(_translation_problem(name, translation, row, write))
+    problems += _check_aliases(array)
     stated = array.attributes.get("shape")
     if stated is not None and (not isinstance(stated, list) or stated != list(array.shape)):
         detail = f"{stated}, the array has {list(array.shape)}"
         problems.append(Problem(name, "attribute shape differs", detail, "write the array's own shape", "warning"))
+    return problems
+
+
+def _check_aliases(array: ChunkedArray) -> list[Problem]:
+    """Return names of one attribute, as the evaluator knows several, that say different things."""
+    problems = []
+    for names in (VOXEL_SIZE_NAMES, TRANSLATION_NAMES):
+        given = {name: array.attributes[name] for name in names if array.attributes.get(name) is not None}
+        if any(first != second for first, second in pairwise(given.values())):
+            detail = ", ".join(f"{name} {value}" for name, value in given.items())
+            remedy = f"write {names[0]} alone"
+            problems.append(Problem(array.name, "attributes that disagree", detail, remedy, "warning"))
     return problems
 
 
@@ -272,24 +384,41 @@ def _translation_problem(name: str, translation: Sequence[float], row: ManifestR
 
 
 @dataclass
-class _Content:
-    """What a scan over the stored chunks of one array found. lower, upper: box of the voxels that are set."""
+class Content:
+    """What a scan over the stored chunks of one array found.
 
-    smallest: float = 0.0
-    largest: float = 0.0
+    lower, upper: box of the voxels that are set; chunks: indices of the chunks that hold them, in order. strays: files
+    that are no chunks.
+    """
+
+    smallest: int | float = 0
+    largest: int | float = 0
     n_set: int = 0
     not_finite: bool = False
     fractions: bool = False
     values: set[int] = field(default_factory=set)
     damaged: list[str] = field(default_factory=list)
+    strays: list[str] = field(default_factory=list)
+    chunks: list[tuple[int, ...]] = field(default_factory=list)
     lower: np.ndarray | None = None
     upper: np.ndarray | None = None
 
 
-def _scan(array: ChunkedArray) -> _Content:
+@dataclass(frozen=True)
+class _Scanned:
+    """An array and what it holds."""
+
+    array: ChunkedArray
+    content: Content
+
+
+def scan(array: ChunkedArray) -> Content:
     """Return what the stored chunks hold, one chunk in memory at a time."""
-    content = _Content()
-    for index in array.stored_chunks():
+    content = Content()
+    for name, index in array.files():
+        if index is None:
+            content.strays.append(name)
+            continue
         try:
             voxels = array.chunk(index)
         except DataError as error:
@@ -301,32 +430,32 @@ def _scan(array: ChunkedArray) -> _Content:
             content.not_finite |= not np.isfinite(voxels).all()
             voxels = np.nan_to_num(voxels, copy=True, posinf=0.0, neginf=0.0)
             content.fractions |= bool((voxels != np.trunc(voxels)).any())
-        content.smallest = min(content.smallest, float(voxels.min()))
-        content.largest = max(content.largest, float(voxels.max()))
+        smallest, largest = voxels.min().item(), voxels.max().item()
+        content.smallest, content.largest = min(content.smallest, smallest), max(content.largest, largest)
         n_set = int(np.count_nonzero(voxels))
-        content.n_set += n_set
         if not n_set:
             continue
-        if voxels.max() == 1 and voxels.min() == 0:
+        content.n_set += n_set
+        content.chunks.append(index)
+        if largest == 1 and smallest == 0:
             content.values |= {0, 1}
         elif len(content.values) <= 3:
-            content.values |= set(np.unique(voxels)[:5].astype(np.int64).tolist())
+            content.values |= {int(value) for value in np.unique(voxels)[:5]}
         start = np.array([i * c for i, c in zip(index, array.chunks, strict=True)])
         axes = [np.flatnonzero(voxels.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
         lower, upper = start + [axis[0] for axis in axes], start + [axis[-1] + 1 for axis in axes]
         content.lower = lower if content.lower is None else np.minimum(content.lower, lower)
         content.upper = upper if content.upper is None else np.maximum(content.upper, upper)
+    content.chunks.sort()
     return content
 
 
-def _check_content(array: ChunkedArray, row: ManifestRow) -> list[Problem]:
+def _check_content(scanned: _Scanned, row: ManifestRow, presence: Presence) -> list[Problem]:
     """Return faults of the array's values."""
+    array, content = scanned.array, scanned.content
     name, instance, kind = array.name, is_instance(row.label), array.dtype.kind
-    if kind not in "buif":
-        detail = f"dtype {array.dtype}"
-        return [Problem(name, "unusable dtype", detail, "write uint8 for semantic classes, uint16 or uint32 ids")]
-    content = _scan(array)
     problems = [Problem(name, "damaged chunk", text, "write the array again") for text in content.damaged[:3]]
+    problems += _check_strays(scanned)
     fill = array.meta.get("fill_value")
     if fill not in (0, 0.0, None, False):
         problems.append(Problem(name, "fill value is not 0", f"{fill!r}", "absent chunks must read as background"))
@@ -336,87 +465,184 @@ def _check_content(array: ChunkedArray, row: ManifestRow) -> list[Problem]:
         detail = "every value above 0 counts as foreground, or as an object of its own"
         problems.append(Problem(name, "float probabilities", detail, "threshold before packing"))
     elif kind == "f":
-        detail = f"dtype {array.dtype}"
-        problems.append(Problem(name, "float labels", detail, "write uint8 for semantic classes, uint16 or uint32 ids"))
+        problems.append(Problem(name, "float labels", f"dtype {array.dtype}", LABEL_DTYPES))
     if content.smallest < 0:
-        detail = f"smallest {content.smallest:g}" + (
-            ", ids above the largest that fits have wrapped" if instance else ""
-        )
+        detail = f"smallest {content.smallest}" + (", ids above the largest that fits have wrapped" if instance else "")
         problems.append(Problem(name, "negative values", detail, "write unsigned labels"))
     if not content.n_set:
-        if not content.damaged:
-            detail = "no voxel is set: it scores 0 wherever the truth is not empty"
-            problems.append(Problem(name, "all empty", detail, "predict it, if the class can be there", "warning"))
+        if not content.damaged and not any(problem.fault in NO_ANSWER for problem in problems):
+            problems.append(_empty_problem(name, row.label, presence))
         return problems
     if instance:
         if array.dtype.itemsize == 1 and content.largest >= np.iinfo(np.int8 if kind == "i" else np.uint8).max:
-            detail = f"ids reach {content.largest:g} in {array.dtype}: larger ones have wrapped, lost or merged"
+            detail = f"ids reach {content.largest} in {array.dtype}: larger ones have wrapped, lost or merged"
             problems.append(Problem(name, "dtype that wraps ids", detail, "write uint16 or uint32"))
+        if content.largest > LARGEST_ID:
+            detail = f"largest {content.largest}; tools that read ids of 32 bits lose or merge objects"
+            problems.append(Problem(name, "ids above 2^32", detail, "number the objects from 1, in uint16 or uint32"))
         if not content.damaged and not content.not_finite and not content.fractions:
-            problems += _check_objects(array, content)
+            problems += _check_objects(scanned)
     elif kind in "ui" and content.values - {0} == {255}:
         detail = "resampled, it would grow by a voxel"
         problems.append(Problem(name, "mask of 0 and 255", detail, "write 0 and 1", "warning"))
     elif kind in "ui" and content.values - {0, 1}:
-        detail = f"values up to {content.largest:g}; every value above 0 counts as the class"
+        detail = f"values up to {content.largest}; every value above 0 counts as the class"
         problems.append(Problem(name, "ids in a semantic class", detail, "write 0 and 1", "warning"))
     return problems
 
 
-def _check_objects(array: ChunkedArray, content: _Content) -> list[Problem]:
-    """Return faults of the components that the evaluator would find, if the array is small enough to count them."""
-    assert content.lower is not None and content.upper is not None
-    lower, upper = content.lower.tolist(), content.upper.tolist()
-    if int(np.prod(content.upper - content.lower)) > COUNTED_VOXELS:
+def _empty_problem(name: str, label: str, presence: Presence) -> Problem:
+    """Return what is said of an array without a voxel: a note if few validation crops have the class."""
+    n, of = presence.get(label, (0, 0))
+    detail = "no voxel is set: it scores 0 wherever the truth is not empty"
+    if of:
+        detail += f"; {n} of {of} validation crops have it"
+    expected = not of or n / of >= EXPECTED_PRESENCE
+    remedy = "predict it, if the class can be there"
+    return Problem(name, "all empty", detail, remedy, "warning" if expected else "note")
+
+
+def _check_strays(scanned: _Scanned) -> list[Problem]:
+    """Return files among the chunks that are none, and so are not read."""
+    array, strays = scanned.array, scanned.content.strays
+    if not strays:
         return []
-    components, n = cc3d.connected_components(np.ascontiguousarray(array.read(lower, upper)), return_N=True)
-    sizes = np.zeros(n + 1, np.int64)
-    for index in array.stored_chunks():
-        start = [i * c for i, c in zip(index, array.chunks, strict=True)]
-        stop = [max(0, s + c - lo) for s, c, lo in zip(start, array.chunks, lower, strict=True)]
-        part = tuple(slice(max(0, s - lo), end) for s, lo, end in zip(start, lower, stop, strict=True))
-        sizes += np.bincount(components[part].reshape(-1), minlength=n + 1)
-    sizes = sizes[1:]
-    if n == 1 and all(lo == 0 and hi == size for lo, hi, size in zip(lower, upper, array.shape, strict=True)):
-        detail = f"one component of {content.n_set} voxels reaches all faces of the crop"
+    first = strays[0][len(array.name) + 1 :]
+    other = "/" if array.separator == "." else "."
+    if not scanned.content.chunks and all(part.isdigit() for part in first.split(other)):
+        detail = f"named as {first}, but dimension_separator is {array.separator!r}: all of it reads as background"
+        return [Problem(array.name, "chunks of another separator", detail, f"state {other!r} in .zarray")]
+    detail = f"{first} is no chunk of the array{_more(strays)}, and is not read"
+    return [Problem(array.name, "files that are no chunks", detail, "leave them out", "warning")]
+
+
+def _check_objects(scanned: _Scanned) -> list[Problem]:
+    """Return faults of the components that the evaluator would find."""
+    array, content = scanned.array, scanned.content
+    assert content.lower is not None and content.upper is not None
+    sizes = _component_sizes(array, content.chunks)
+    whole = not content.lower.any() and content.upper.tolist() == list(array.shape)
+    if whole and sizes.max() >= BLOB_SHARE * content.n_set:
+        detail = f"one component of {sizes.max()} voxels, and the class reaches all faces of the crop"
         return [Problem(array.name, "one blob", detail, "separate the objects of an instance class", "warning")]
     solid = int(np.count_nonzero(sizes >= DUST_VOXELS))
-    if too_many_instances(n, max(1, solid)):
+    if too_many_instances(len(sizes), max(1, solid)):
         detail = (
-            f"{n} components, only {solid} of them of {DUST_VOXELS} voxels or more; with that many objects in the "
-            "truth the evaluator would skip the crop"
+            f"{len(sizes)} components, only {solid} of them of {DUST_VOXELS} voxels or more; with that many objects in "
+            "the truth the evaluator would skip the crop"
         )
         return [Problem(array.name, "too many instances", detail, "remove small components before packing")]
     return []
 
 
-def _check_groups(arrays: dict[str, ChunkedArray]) -> list[Problem]:
-    """Return the classes of one crop whose voxels lie outside a group that contains them."""
+def _component_sizes(array: ChunkedArray, chunks: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """Return the number of voxels of every component, int64, as the evaluator would find them.
+
+    chunks: sorted indices of those that hold any voxel. Each is labelled by itself and joined to its neighbours, of
+    which no more than their faces are kept, those of two layers of chunks.
+    """
+    sizes, pairs, count = [np.zeros(1, np.int64)], [], 0
+    faces: dict[tuple[int, ...], dict[tuple[int, int], _Face]] = {}
+    for index in chunks:
+        voxels = array.chunk(index)
+        if voxels is None:
+            continue
+        labels = label(voxels, 26)
+        of_label = np.zeros(int(labels.max()) + 1, np.int64)
+        flat = labels.reshape(-1)
+        for start in range(0, len(flat), COUNTED_AT_ONCE):
+            of_label += np.bincount(flat[start : start + COUNTED_AT_ONCE], minlength=len(of_label))
+        own = {(axis, side): _Face.of(voxels, labels, count, axis, side) for axis in range(3) for side in (-1, 1)}
+        faces = {near: kept for near, kept in faces.items() if near[0] >= index[0] - 1}
+        for step in HALF_NEIGHBOURS:
+            near = (index[0] - step[0], index[1] - step[1], index[2] - step[2])
+            if near in faces:
+                pairs += _links(faces[near], own, step)
+        faces[index] = own
+        sizes.append(of_label[1:])
+        count += len(of_label) - 1
+    numbers = join_nodes(count + 1, pairs)
+    joined = np.bincount(numbers, np.concatenate(sizes))
+    return joined[1:].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class _Face:
+    """The voxels on one side of a chunk (z, y, x; the axis it is across has length 1), and their nodes, int64."""
+
+    values: np.ndarray
+    nodes: np.ndarray
+
+    @classmethod
+    def of(cls, voxels: np.ndarray, labels: np.ndarray, before: int, axis: int, side: int) -> "_Face":
+        """Return the lower (-1) or upper (1) face of a labelled chunk; before: number of nodes of the chunks before."""
+        part = _at(side, axis)
+        of_face = labels[part].astype(np.int64)
+        return cls(voxels[part].copy(), np.where(of_face > 0, of_face + before, 0))
+
+
+def _at(side: int, axis: int) -> tuple[slice, ...]:
+    return tuple(
+        slice(0, 1) if a == axis and side < 0 else slice(-1, None) if a == axis else slice(None) for a in range(3)
+    )
+
+
+def _links(
+    lower: Mapping[tuple[int, int], _Face], upper: Mapping[tuple[int, int], _Face], step: tuple[int, int, int]
+) -> list[np.ndarray]:
+    """Return pairs of nodes of two neighbouring chunks that are one component.
+
+    lower, upper: their faces by axis and side. step: from the lower chunk to the upper one, in chunks. They touch in a
+    face, an edge or a corner: the axes with a step have length 1 there, and the first of them is that of the faces.
+    """
+    first, *others = [axis for axis in range(3) if step[axis]]
+    below, above = lower[first, step[first]], upper[first, -step[first]]
+    parts = []
+    for face, sign in ((below, 1), (above, -1)):
+        values, nodes = face.values, face.nodes
+        for axis in others:
+            part = _at(sign * step[axis], axis)
+            values, nodes = values[part], nodes[part]
+        if not nodes.any():
+            return []
+        parts.append((values, nodes))
+    values, nodes = (np.concatenate(both, axis=first) for both in zip(*parts, strict=True))
+    return [links(nodes, label(values, 26))]
+
+
+def _check_groups(arrays: dict[str, _Scanned]) -> list[Problem]:
+    """Return the groups of one crop that are empty while a class inside them is not, and classes outside their group.
+
+    arrays: the arrays of the crop without an error, on the same voxels.
+    """
     problems = []
 
     @lru_cache(maxsize=16)
-    def set_voxels(label: str, index: tuple[int, ...]) -> np.ndarray | None:
-        voxels = arrays[label].chunk(index)
-        return None if voxels is None else voxels > 0
+    def set_voxels(label: str, lower: tuple[int, ...], upper: tuple[int, ...]) -> np.ndarray:
+        return arrays[label].array.read(lower, upper) > 0
 
     known = [label for label in arrays if label in CLASSES]
+    for group in known:
+        inside = [leaf for leaf in known if contains(group, leaf) and arrays[leaf].content.n_set]
+        if inside and not arrays[group].content.n_set:
+            detail = f"no voxel is set, but {', '.join(inside)} inside it {'are' if len(inside) > 1 else 'is'}"
+            remedy = f"form {group} from its parts, or predict it"
+            problems.append(Problem(arrays[group].array.name, "empty group of classes", detail, remedy, "warning"))
     for leaf in known:
-        groups = [group for group in known if contains(group, leaf) and arrays[group].chunks == arrays[leaf].chunks]
+        array, content = arrays[leaf].array, arrays[leaf].content
+        groups = [group for group in known if contains(group, leaf) and arrays[group].content.n_set]
         outside = dict.fromkeys(groups, 0)
-        n_set = 0
-        for index in arrays[leaf].stored_chunks() if groups else ():
-            inner = set_voxels(leaf, index)
-            if inner is None or not inner.any():
-                continue
-            n_set += int(np.count_nonzero(inner))
+        for index in content.chunks if groups else ():
+            lower = tuple(i * c for i, c in zip(index, array.chunks, strict=True))
+            upper = tuple(min(lo + c, n) for lo, c, n in zip(lower, array.chunks, array.shape, strict=True))
+            inner = set_voxels(leaf, lower, upper)
             for group in groups:
-                outer = set_voxels(group, index)
-                outside[group] += int(np.count_nonzero(inner if outer is None else inner & ~outer))
+                outside[group] += int(np.count_nonzero(inner & ~set_voxels(group, lower, upper)))
         for group, n in outside.items():
-            if n > LEAF_TOLERANCE * n_set:
-                detail = f"{n} of {n_set} voxels are not in {group}"
+            if n > LEAF_TOLERANCE * content.n_set:
+                detail = f"{n} of {content.n_set} voxels are not in {group}"
                 remedy = f"form {group} as the union of its parts"
-                problems.append(Problem(arrays[leaf].name, "leaf outside its group", detail, remedy, "warning"))
+                problems.append(Problem(array.name, "leaf outside its group", detail, remedy, "warning"))
     return problems
 
 

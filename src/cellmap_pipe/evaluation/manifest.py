@@ -57,6 +57,12 @@ def read_manifest(
     return [rows[key] for key in sorted(rows)]
 
 
+def crop_name(name: str) -> str:
+    """Return the crop's name as the challenge writes it: `crop557`, also where `crop` is left out."""
+    number = name.removeprefix("crop")
+    return f"crop{int(number)}" if number.isascii() and number.isdigit() else name
+
+
 def crops_without_geometry(path: str | os.PathLike[str]) -> set[str]:
     """Return the crops that a row of the manifest names without geometry. Raises ConfigError as `read_manifest`."""
     return {_crop(entry) for entry in _entries(path) if not any(_geometry(entry))}
@@ -74,8 +80,7 @@ def _entries(path: str | os.PathLike[str]) -> list[dict[str, str]]:
 
 
 def _crop(entry: Mapping[str, str]) -> str:
-    number = entry["crop_name"].strip()
-    return f"crop{number}" if number.isdigit() else number
+    return crop_name(entry["crop_name"].strip())
 
 
 def _geometry(entry: Mapping[str, str]) -> list[str]:

@@ -67,13 +67,13 @@ def read_image(path: str | Path) -> Image:
         datasets = list(multiscale["datasets"])
     except (KeyError, IndexError, TypeError) as error:
         raise DataError(f"{path}: its attributes have no OME-NGFF multiscales ({error!r})") from None
-    nm = _unit_nm(multiscale.get("axes"), path)
+    nm = unit_nm(multiscale.get("axes"), path)
     levels = []
     for entry in datasets:
         try:
             array_path = path / entry["path"]
             stages = [part.get("coordinateTransformations") or [] for part in (entry, multiscale)]
-            scale, translation = _compose(stages)
+            scale, translation = compose(stages)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise DataError(f"{path}: a level's coordinateTransformations are not understood ({error!r})") from None
         if not (array_path / ".zarray").is_file() and not (array_path / "zarr.json").is_file():
@@ -255,7 +255,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _unit_nm(axes: Any, path: Path) -> np.ndarray:
+def unit_nm(axes: Any, path: Path) -> np.ndarray:
     """Return nanometres per unit for the three axes; an axis without a unit is in nm, as the challenge's are."""
     try:
         names = [axis["name"] for axis in axes]
@@ -270,7 +270,7 @@ def _unit_nm(axes: Any, path: Path) -> np.ndarray:
     return np.array([NM_PER_UNIT[unit] for unit in units])
 
 
-def _compose(stages: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[np.ndarray, np.ndarray]:
+def compose(stages: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[np.ndarray, np.ndarray]:
     """Return (scale, translation) of axis-aligned transformations applied one after the other, stage by stage.
 
     Within a stage OME-NGFF fixes the order scale, translation; writers do not always keep it, and mean it.
