@@ -28,7 +28,7 @@ RESULT_VERSIONS: dict[str, int] = {
     "crops": 2,
     "convert": 2,
     "quality": 3,
-    "ceiling": 1,
+    "ceiling": 2,
     "folds": 2,
     "datalist": 1,
     "nnunet": 1,
@@ -39,11 +39,11 @@ RESULT_VERSIONS: dict[str, int] = {
     "prediction_plan": 1,
     "predict": 3,
     "ensemble": 2,
-    "tune": 1,
+    "tune": 2,
     "segment": 3,
-    "evaluate": 2,
-    "submission": 2,
-    "report": 3,
+    "evaluate": 3,
+    "submission": 3,
+    "report": 4,
 }
 
 SUBSETS = ("validation", "test")

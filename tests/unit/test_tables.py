@@ -6,9 +6,9 @@ import re
 import pytest
 
 from cellmap_pipe.errors import ContractError
-from cellmap_pipe.report.figures import class_scores
+from cellmap_pipe.report.figures import class_scores, ensemble_gain
 from cellmap_pipe.report.pages import Cell, Column, table
-from cellmap_pipe.report.tables import SCORE_COLUMNS, read_csv, write_scores, write_submission
+from cellmap_pipe.report.tables import SCORE_COLUMNS, read_csv, write_scores
 
 
 def aggregate(pm, nuc, overall):
@@ -23,25 +23,35 @@ def aggregate(pm, nuc, overall):
     }
 
 
-def scores_json(path, model, fold, pm=0.5, nuc=0.25):
+def record(crop, label, counts, distances=(), status="scored", dice=None):
+    """counts: tp, fp, fn. distances: sum and number of the normalised distances of an instance class."""
+    result = {"crop": crop, "label": label, "kind": "semantic", "status": status, "dice": dice}
+    result |= dict(zip(("tp", "fp", "fn"), counts, strict=True))
+    if distances:
+        result |= {"kind": "instance"} | dict(zip(("hausdorff_norm_sum", "n_hausdorff"), distances, strict=True))
+    return result
+
+
+def scores_json(path, model, fold, pm=0.5, nuc=0.25, rules="csc-2026.06"):
     content = {
-        "rules": "csc-2026.06",
+        "rules": rules,
         "model": model,
         "fold": fold,
         "records": [
-            {"crop": "d/crop1", "label": "pm", "kind": "semantic", "status": "scored", "dice": pm},
-            {"crop": "d/crop2", "label": "pm", "kind": "semantic", "status": "scored", "dice": pm},
-            {"crop": "d/crop2", "label": "nuc", "kind": "instance", "status": "scored", "dice": None},
+            record("d/crop1", "pm", (1, 1, 0), dice=pm),
+            record("d/crop2", "pm", (1, 1, 0), dice=pm),
+            record("d/crop2", "nuc", (0, 0, 0), (0.0, 0), "skipped_too_many_instances"),
         ],
         "aggregate": aggregate(pm, nuc, (pm * nuc) ** 0.5),
         "clean": aggregate(pm, nuc / 2, (pm * nuc / 2) ** 0.5),
+        "differs": ["d/crop2/nuc"],
+        "clean_records": [record("d/crop2", "nuc", (0, 0, 7), (0.0, 7), "skipped_too_many_instances")],
         "background": aggregate(0.0, 0.1, 0.0),
         "mean_dice": pm + 0.1,
         "dice": {"pm": pm + 0.1, "nuc": None},
         "ceiling": 0.185,
         "interval": {"low": 0.1, "high": 0.6},
         "failed": [],
-        "note": "the portal may differ",
     }
     path.write_text(json.dumps(content))
     return path
@@ -61,6 +71,7 @@ def ceiling_json(path, grid, entries, rules="csc-2026.06"):
     return path
 
 
+SCORED = [("unet", "0"), ("unet", "1"), ("ensemble", "0")]
 CEILINGS = {
     "8nm": [("d/crop1", "pm", 4, 60, 20, 20), ("d/crop2", "pm", 16, 90, 5, 5), ("d/crop2", "nuc", 16, 1, 0, 0)],
     "16nm": [("d/crop1", "pm", 4, 20, 40, 40), ("d/crop2", "pm", 16, 100, 0, 0), ("d/crop2", "nuc", 16, 2, 2, 0)],
@@ -148,12 +159,47 @@ def test_scores_page_needs_nothing_but_itself_and_names_the_ceiling(written):
     assert "48 classes" in text
     assert "0.185" in text  # what the models and derived groups can answer
     assert "2 learned classes can reach there is 0.051" in text
-    assert text.count("<table") == 2
-    assert "the portal may differ" in text
+    assert text.count("<table") == 3  # overall, per class, and what the rules count differently
+    assert "portal may differ" in text
+
+
+def cells(row):
+    return [re.sub("<[^>]+>", "", cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)]
+
+
+def test_scores_by_both_rules_stand_side_by_side_and_the_page_names_where_they_differ(written):
+    names = [column.name for column in SCORE_COLUMNS]
+    assert names[names.index("score") + 1] == "score_clean"
+    text = written[1].read_text()
+    assert "Scored by the rules csc-2026.06: the official evaluator" in text and "Scored by the rules clean: " in text
+    assert "<details><summary>3 labels of crops</summary>" in text
+    rows = [cells(row) for row in text.splitlines() if "skipped_too_many_instances" in row]
+    assert [row[:4] for row in rows] == [[source, fold, "d/crop2", "nuc"] for source, fold in SCORED]
+    # by the official rules the crop drops out of the pool, by the clean ones all its objects are missed
+    assert rows[0][4:] == ["&ndash;", "0.000", "0, 0, 0", "0, 0, 7", "skipped_too_many_instances"]
+
+
+def test_where_no_rules_differ_nothing_is_said_of_it(tmp_path):
+    scores = scores_json(tmp_path / "a.json", "unet", "0")
+    content = json.loads(scores.read_text()) | {"differs": [], "clean_records": []}
+    scores.write_text(json.dumps(content))
+    write_scores([scores], [], [], tmp_path / "s.csv", tmp_path / "s.html")
+    assert "<details>" not in (tmp_path / "s.html").read_text()
+
+
+def test_provisional_rules_are_called_so_in_every_table_page_and_figure(tmp_path):
+    scores = [scores_json(tmp_path / f"{name}.json", name, "0", rules="csc-2026.07") for name in ("unet", "ensemble")]
+    write_scores(scores, [], [], tmp_path / "s.csv", tmp_path / "s.html")
+    assert {row["rules"] for row in read_csv(tmp_path / "s.csv")} == {"csc-2026.07 (provisional)"}
+    assert "csc-2026.07 is provisional (the official formula is not public)" in (tmp_path / "s.html").read_text()
+    class_scores(scores, tmp_path / "classes.svg")
+    ensemble_gain(scores, tmp_path / "gain.svg")
+    for name in ("classes.svg", "gain.svg"):
+        assert "rules csc-2026.07 (provisional)" in (tmp_path / name).read_text()
 
 
 def test_the_grids_ceiling_stands_beside_each_score(written):
-    assert [column.name for column in SCORE_COLUMNS].index("grid_ceiling") == 11
+    assert [column.name for column in SCORE_COLUMNS].index("grid_ceiling") == 12
     rows = {(row["source"], row["fold"], row["class"]): row for row in read_csv(written[0])}
     of_unet = {name: rows["unet", "0", name]["grid_ceiling"] for name in ("pm", "nuc", "overall")}
     iou = 150 / 200  # both crops on the model's grid
@@ -230,56 +276,3 @@ def test_html_tables_escape_text_and_keep_exact_values_for_sorting():
     assert 'style="background:#FF0000"' in text
     assert text.count('<tr class="strong">') == 1
     assert 'data-value=""' in text
-
-
-def cells(row):
-    return [re.sub("<[^>]+>", "", cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)]
-
-
-@pytest.mark.parametrize(
-    ("problems", "verdict"), [([], "ready to send"), (["crop1/pm: wrong shape"], "1 problem: not ready")]
-)
-def test_flight_check_names_every_problem(tmp_path, problems, verdict):
-    report = {
-        "problems": problems,
-        "warnings": [],
-        "rows": 28,
-        "zero_rows": ["crop1/nuc", "crop2/nuc"],
-        "not_predicted": ["crop2/nuc"],
-        "approximate": {"crop1/er": ["ne_mem", "ne_lum"]},
-        "sha256": "ab" * 32,
-        "size": 12_300_000,
-        "rules": "csc-2026.06",
-        "note": "the portal may differ",
-    }
-    (tmp_path / "report.json").write_text(json.dumps(report))
-    write_submission(tmp_path / "report.json", [], tmp_path / "report.html")
-    text = (tmp_path / "report.html").read_text()
-    assert verdict in text
-    rows = [cells(row) for row in text.splitlines()]
-    assert ["crop1/nuc", "predicted, and empty"] in rows
-    assert ["crop2/nuc", "no model answers it"] in rows
-    assert ["crop1/er", "ne_mem, ne_lum"] in rows
-    assert all(problem in text for problem in problems)
-
-
-def test_known_truth_adds_the_submissions_scores(tmp_path):
-    report = {name: [] for name in ("problems", "warnings", "zero_rows", "not_predicted", "approximate")}
-    report |= {"rows": 2, "sha256": "ab" * 32, "size": 1000, "rules": "csc-2026.06", "note": "the portal may differ"}
-    instance = {"f1": 0.5, "normalized_hausdorff_distance": 0.98, "combined_score": 0.7}
-    scores = {
-        "label_scores": {"pm": {"iou": 0.25}, "nuc": instance},
-        "overall_instance_score": 0.7,
-        "overall_semantic_score": 0.25,
-        "overall_score": 0.418,
-        "rules": "csc-2026.06",
-        "num_evals_done": 2,
-        "total_evals": 2,
-    }
-    for name, value in (("report", report), ("scores", scores)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(value))
-    write_submission(tmp_path / "report.json", [tmp_path / "scores.json"], tmp_path / "report.html")
-    rows = [cells(row) for row in (tmp_path / "report.html").read_text().splitlines()]
-    assert [row[0] for row in rows if row and row[-1] == "0.418"] == ["overall"]
-    assert [row[-1] for row in rows if row and row[0] == "pm"] == ["0.250"]
-    assert [row[2:] for row in rows if row and row[0] == "nuc"] == [["0.500", "0.980", "0.700"]]

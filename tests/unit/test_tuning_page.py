@@ -31,6 +31,7 @@ def test_scores_before_and_after_stand_beside_the_choice(tmp_path):
     }
     content = {
         "format": FORMAT,
+        "rules": "csc-2026.07",
         "groups": {"jrc_x/crop1": 0, "jrc_x/crop2": 1},
         "by_group": [choice, choice],
         "overall": choice,
@@ -47,3 +48,4 @@ def test_scores_before_and_after_stand_beside_the_choice(tmp_path):
     assert ">no<" in next(line for line in text.splitlines() if "pm</td>" in line)
     assert "annotated in 1 crops" in text and "jrc_x/crop3/pm: damaged" in text
     assert "2 crops; masks of different classes are made consistent (mean IoU of the masks 0.2500 as" in text
+    assert "Scored by the rules csc-2026.07 (provisional)" in text

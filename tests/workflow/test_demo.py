@@ -137,6 +137,24 @@ def test_the_submission_answers_every_row_and_can_be_scored(demo):
     assert result["overall_semantic_score"] > 0.1
 
 
+def test_the_submissions_score_is_forecast_for_every_class_that_is_asked_for(demo):
+    forecast = json.loads((demo / "results/submission/forecast.json").read_text())
+    with (demo / "challenge/test_crop_manifest.csv").open() as stream:
+        assert set(forecast["label_scores"]) == {row["class_label"] for row in csv.DictReader(stream)}
+    assert 0 < forecast["low"] <= forecast["score"] <= forecast["high"] <= 1
+    assert forecast["rules"] == "csc-2026.06" and not forecast["unanswered"]
+    page = (demo / "results/submission/report.html").read_text()
+    assert f"{forecast['score']:.3f} ({forecast['low']:.3f} to {forecast['high']:.3f})" in page
+
+
+def test_scores_by_both_rules_are_in_every_result(demo):
+    for path in [*(demo / "results/scores").glob("*/fold0.json"), demo / "results/submission/scores.json"]:
+        content = json.loads(path.read_text())
+        assert (content["rules"], content["provisional"]) == ("csc-2026.06", False)
+        assert content["clean"]["overall_score"] > 0
+        assert "differs" in content and "portal" in content["note"]
+
+
 def test_the_report_is_one_file_with_every_figure(demo):
     text = (demo / "report.html").read_text()
     for name in (

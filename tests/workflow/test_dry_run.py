@@ -165,6 +165,42 @@ def test_a_training_on_all_crops_has_nothing_to_score():
     assert "compare" not in jobs
 
 
+def with_volumes(folder: Path, extra: str = "") -> str:
+    """Return a configuration with a table of volumes to segment."""
+    (folder / "volumes.csv").write_text("crop_name,dataset,class_label,voxel_size,translation,shape\n")
+    return f"data: {{volumes: {folder / 'volumes.csv'}}}\n{extra}"
+
+
+def test_scores_of_a_model_and_their_comparison_are_planned_by_name():
+    jobs = plan("evaluate_swinunetr")
+    assert jobs["evaluate"] == jobs["predict"] == jobs["segment"] == 1
+    assert "ensemble" not in jobs
+    jobs = plan("compare")
+    assert jobs["evaluate"] == 5
+    assert jobs["ceiling"] == 32
+    assert "submission" not in jobs
+
+
+def test_a_submission_does_not_wait_for_validation_scores_and_its_page_has_their_forecast(tmp_path):
+    (tmp_path / "extra.yaml").write_text(with_volumes(tmp_path))
+    jobs = plan("submission", "--configfile", tmp_path / "extra.yaml")
+    assert jobs["submission"] == 1
+    assert "evaluate" not in jobs
+    jobs = plan("submission_page", "--configfile", tmp_path / "extra.yaml")
+    assert jobs["submission_forecast"] == jobs["evaluate"] == 1  # of the ensemble
+    assert plan("all", "--configfile", tmp_path / "extra.yaml")["submission_forecast"] == 1
+
+
+def test_without_a_validated_fold_no_score_is_forecast(tmp_path):
+    extra = with_volumes(tmp_path, "folds: {run: [all]}\n")
+    (tmp_path / "extra.yaml").write_text(extra)
+    jobs = plan("all", "--configfile", tmp_path / "extra.yaml")
+    assert jobs["submission_page"] == 1
+    assert "submission_forecast" not in jobs
+    message = refusal(tmp_path, extra, "submission_forecast", "-n")
+    assert "no score can be forecast; add a fold to folds.run" in message
+
+
 def test_a_missing_data_folder_is_one_line_before_any_job(tmp_path):
     message = refusal(tmp_path, "data: {root: nowhere}")
     assert "data.root: 'nowhere' does not exist" in message
@@ -225,6 +261,12 @@ def test_every_script_is_thin():
         text = script.read_text().replace("if TYPE_CHECKING:", "")
         assert not re.search(r"^\s*(if|for|while|def) ", text, re.MULTILINE), script
         assert "numpy" not in text
+
+
+@pytest.mark.parametrize("rule", ["evaluate", "score_submission", "ceiling", "tune", "segment"])
+def test_jobs_that_score_or_segment_keep_to_the_memory_that_they_ask_for(rule):
+    script = (ROOT / "workflow" / "scripts" / f"{rule}.py").read_text()
+    assert re.search(r"memory_gb=(0\.8 \* )?snakemake\.resources\.mem_mb / 1000", script)
 
 
 def test_no_profile_reruns_because_code_changed():

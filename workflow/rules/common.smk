@@ -189,6 +189,16 @@ def weighing_scores(wildcards):
     return expand(rules.evaluate.output.scores, source=MODELS, fold=VALIDATED_FOLDS)
 
 
+def forecasting_scores(wildcards):
+    """Return the validation scores of the ensemble, of which the submission is made."""
+    if not VALIDATED_FOLDS:
+        refuse(
+            "folds.run trains no fold that has validation crops, so that no score can be forecast; add a fold to"
+            " folds.run"
+        )
+    return expand(rules.evaluate.output.scores, source="ensemble", fold=VALIDATED_FOLDS)
+
+
 def probabilities(source, folds, subset):
     """Return the predictions of some folds by a model, or of the ensemble."""
     if source == "ensemble":
@@ -219,6 +229,7 @@ def everything(wildcards):
         targets += rules.tuning_page.output
     if CONFIG.data.volumes:
         targets += [*rules.submission.output, *rules.submission_page.output]
+        targets += rules.submission_forecast.output if VALIDATED_FOLDS else []
     else:
         logger.info("data.volumes is not set: `all` makes no submission")
     return targets

@@ -14,7 +14,7 @@ rule evaluate:
         "../envs/cellmap_pipe.yaml"
     threads: 8
     resources:
-        mem_mb=lambda wc, attempt: 48000 * attempt,
+        mem_mb=lambda wc, attempt: 24000 * attempt,
         runtime=480,
     params:
         settings=canonical_json(CONFIG.evaluation_settings()),
@@ -57,7 +57,7 @@ rule score_submission:
         "../envs/cellmap_pipe.yaml"
     threads: 8
     resources:
-        mem_mb=lambda wc, attempt: 48000 * attempt,
+        mem_mb=lambda wc, attempt: 24000 * attempt,
         runtime=480,
     params:
         settings=canonical_json({"rules": CONFIG.rules}),
@@ -66,15 +66,36 @@ rule score_submission:
         "../scripts/score_submission.py"
 
 
+rule submission_forecast:
+    input:
+        scores=forecasting_scores,
+        archive=rules.submission.output.archive,
+        checks=rules.submission.output.checks,
+    output:
+        forecast="results/submission/forecast.json",
+    log:
+        "logs/submission_forecast.log",
+    localrule: True
+    conda:
+        "../envs/cellmap_pipe.yaml"
+    params:
+        version=CONFIG.version("report"),
+    script:
+        "../scripts/submission_forecast.py"
+
+
 rule submission_page:
     input:
         checks=rules.submission.output.checks,
+        forecast=(
+            [rules.submission_forecast.output.forecast] if VALIDATED_FOLDS else []
+        ),
         scores=[rules.score_submission.output.scores] if CONFIG.data.truth else [],
     output:
         page=report(
             "results/submission/report.html",
             category="Submission",
-            labels={"shows": "flight check"},
+            labels={"shows": "flight check, forecast and scores"},
             caption="../report/submission.rst",
         ),
     log:

@@ -17,5 +17,6 @@ with job(snakemake):
         data_root=snakemake.config["data"]["root"],
         nifti_dir=snakemake.params.nifti_dir,
         workers=snakemake.threads,
+        memory_gb=0.8 * snakemake.resources.mem_mb / 1000,  # the rest is for what estimates cannot know
         **json.loads(snakemake.params.settings),
     )

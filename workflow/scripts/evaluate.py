@@ -16,5 +16,6 @@ with job(snakemake):
         snakemake.config["data"]["root"],
         snakemake.output.scores,
         workers=snakemake.threads,
+        memory_gb=0.8 * snakemake.resources.mem_mb / 1000,  # the rest is for what estimates cannot know
         **json.loads(snakemake.params.settings),
     )

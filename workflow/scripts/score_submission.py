@@ -16,6 +16,7 @@ with job(snakemake):
         snakemake.input.archive,
         Path(snakemake.input.truth).parent,
         workers=snakemake.threads,
+        memory_gb=0.8 * snakemake.resources.mem_mb / 1000,  # the rest is for what estimates cannot know
         **json.loads(snakemake.params.settings),
     )
     write_json(snakemake.output.scores, scores)

@@ -1,10 +1,10 @@
-"""Show the flight check of the submission, and its scores where the truth is known."""
+"""Show the flight check of the submission, its forecast, and its scores where the truth is known."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellmap_pipe.log import job
-from cellmap_pipe.report.tables import write_submission
+from cellmap_pipe.report.submission import write_submission
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 with job(snakemake):
     write_submission(
         Path(snakemake.input.checks),
-        [Path(path) for path in snakemake.input.scores],
+        snakemake.input.forecast,
+        snakemake.input.scores,
         Path(snakemake.output.page),
     )

@@ -162,6 +162,8 @@ def tune(
             "repair": {"score_default": before, "score_tuned": after, "kept": repaired},
             "failed": sorted(runner.failed),
             "rules": rules,
+            "provisional": get_rules(rules).provisional,
+            "note": get_rules(rules).note,
         },
     )
 

@@ -13,6 +13,7 @@ from cellmap_pipe.files import read_json, write_text
 from cellmap_pipe.geometry import nearest_grid
 from cellmap_pipe.prepare.crops import read_crops
 from cellmap_pipe.report.pages import Cell, Column, Content, heading, page, paragraph, table
+from cellmap_pipe.report.versions import rules_sentences
 
 Path = str | os.PathLike[str]
 Record = Mapping[str, Any]
@@ -132,7 +133,9 @@ def write_ceiling(ceiling_jsons: Sequence[Path], quality_csv: Path, out_html: Pa
     scored = [entry for entry in records if entry["status"] != "failed"]
     failed = [[f"{entry['crop']}/{entry['label']}", entry["cause"]] for entry in records if entry["status"] == "failed"]
     grid = next(iter(ceilings.voxel_nm), "")
+    rules = sorted({entry["rules"] for entry in scored})
     parts = [paragraph(text) for text in _introduction(grid, scored)]
+    parts += [paragraph(rules_sentences(rules))] if rules else []
     if scored:
         sizes = sorted({_voxel(entry) for entry in scored}, key=lambda size: (math.prod(size), size))
         by_size = {size: [entry for entry in scored if _voxel(entry) == size] for size in sizes}

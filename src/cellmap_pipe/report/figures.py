@@ -17,6 +17,7 @@ from cellmap_pipe.files import read_json
 from cellmap_pipe.report.canvas import drawing, write_message
 from cellmap_pipe.report.ceiling import read_ceilings
 from cellmap_pipe.report.tables import ENSEMBLE, Scores, grid_ceiling, read_metrics, read_scores
+from cellmap_pipe.report.versions import rules_name
 
 Path = str | os.PathLike[str]
 
@@ -126,6 +127,10 @@ def _scored_classes(sources: Mapping[str, Sequence[Scores]]) -> list[str]:
     return [name for name in CLASSES if name in named]
 
 
+def _rules(sources: Mapping[str, Sequence[Scores]]) -> str:
+    return rules_name(*(str(entry.content["rules"]) for entries in sources.values() for entry in entries))
+
+
 def class_scores(
     score_jsons: Sequence[Path], out: Path, *, metrics_jsons: Sequence[Path] = (), ceiling_jsons: Sequence[Path] = ()
 ) -> None:
@@ -144,6 +149,7 @@ def class_scores(
         _table(sources, classes, partial(Scores.class_score, variant=variant))
         for variant in ("aggregate", "clean", "background")
     )
+    rules = _rules(sources)
     metrics, ceilings = read_metrics(metrics_jsons), read_ceilings(ceiling_jsons)
     limits = {
         (entry.source, entry.fold): grid_ceiling(entry, metrics.get((entry.source, entry.fold), {}), ceilings)
@@ -154,10 +160,10 @@ def class_scores(
     if len(sources) <= _MOST_BARS:
         height = 1.4 + len(classes) * (0.14 * len(sources) + 0.12)
         with drawing(out, (11.0, height)) as figure:
-            _score_bars(figure, list(sources), classes, dice, score, clean, np.fmax.reduce(empty), limit)
+            _score_bars(figure, list(sources), classes, dice, score, clean, np.fmax.reduce(empty), limit, rules)
     else:
         with drawing(out, (3.0 + 0.85 * len(sources), 1.8 + 0.42 * len(classes))) as figure:
-            _score_maps(figure, list(sources), classes, dice, score)
+            _score_maps(figure, list(sources), classes, dice, score, rules)
 
 
 def _table(
@@ -178,6 +184,7 @@ def _score_bars(
     clean: np.ndarray,
     empty: np.ndarray,
     limit: np.ndarray,
+    rules: str,
 ) -> None:
     colours = _series(sources)
     thickness = 0.8 / len(sources)
@@ -224,7 +231,7 @@ def _score_bars(
         )
     panels[1].vlines(empty, rows - 0.42, rows + 0.42, color="black", linewidth=1.6, label="nothing marked")
     panels[0].set(title="Dice", xlabel="Dice over known voxels (no unit)", ylabel="class")
-    panels[1].set(title="Challenge score", xlabel="IoU, or instance score where marked * (no unit)")
+    panels[1].set(title=f"Challenge score, rules {rules}", xlabel="IoU, or instance score where marked * (no unit)")
     panels[0].set_yticks(rows, [f"{name}{'*' if CLASSES[name].instance else ''}" for name in classes])
     panels[0].set_ylim(len(classes) - 0.4, -0.6)
     for tick, name in zip(panels[0].get_yticklabels(), classes, strict=True):
@@ -235,9 +242,12 @@ def _score_bars(
     figure.legend([*bars, diamond], [*names, meaning], loc="outside upper center", ncols=min(5, len(sources) + 3))
 
 
-def _score_maps(figure: Figure, sources: list[str], classes: list[str], dice: np.ndarray, score: np.ndarray) -> None:
+def _score_maps(
+    figure: Figure, sources: list[str], classes: list[str], dice: np.ndarray, score: np.ndarray, rules: str
+) -> None:
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, values, title in zip(panels, (dice, score), ("Dice", "Challenge score (IoU; * instance)"), strict=True):
+    titles = ("Dice", f"Challenge score, rules {rules}\n(IoU; * instance)")
+    for axes, values, title in zip(panels, (dice, score), titles, strict=True):
         picture = axes.imshow(values.T, cmap="cividis", vmin=0, vmax=1, aspect="auto")
         for column, row in np.ndindex(values.shape):
             value = values[column, row]
@@ -326,6 +336,6 @@ def ensemble_gain(score_jsons: Sequence[Path], out: Path) -> None:
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.set_xlim(0, 1)
         axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-        axes.set_xlabel("overall score or Dice (no unit)")
+        axes.set_xlabel(f"overall score, rules {_rules(sources)}, or Dice (no unit)")
         axes.set_ylabel("overall, then Dice of each class")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)

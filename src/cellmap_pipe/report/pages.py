@@ -12,7 +12,7 @@ body { font: 14px/1.45 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; colo
   margin: 1.5rem; }
 h1 { font-size: 1.4rem; margin: 0 0 .4rem; } h2 { font-size: 1.1rem; margin: 1.6rem 0 .3rem; }
 p { max-width: 62rem; margin: .3rem 0 .6rem; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } .scroll + .scroll { margin-top: .8rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .22rem .6rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
 th { position: sticky; top: 0; background: #f3f3f3; cursor: pointer; border-bottom: 2px solid #888; user-select: none;
@@ -28,6 +28,11 @@ tbody tr:hover td { background: #fdf6e3; }
 .swatch { display: inline-block; width: .8em; height: .8em; margin-right: .45em; border: 1px solid #777;
   vertical-align: -.05em; }
 .none { color: #6a6a6a; }
+summary { cursor: pointer; margin: .6rem 0 .3rem; }
+summary:focus-visible { outline: 2px solid #0072B2; }
+.bar { display: block; position: relative; width: 14rem; height: 1em; background: #eee; }
+.bar i { position: absolute; top: .1em; bottom: .1em; left: 0; background: #9ccbe6; }
+.bar b { position: absolute; top: .42em; height: .16em; min-width: 2px; background: #1b1b1b; }
 """
 
 _SCRIPT = """
@@ -77,13 +82,34 @@ class Cell:
     colour: str | None = None
 
 
-Content = Value | Cell
+@dataclass(frozen=True)
+class Bar:
+    """A share between 0 and 1 drawn as a bar, with its interval, if it has one, as a line over it."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+Content = Value | Cell | Bar
 
 # Longer texts are broken into lines.
 _LONG = 45
 
 
+def _bar(bar: Bar) -> str:
+    interval = ""
+    if bar.low is not None and bar.high is not None:
+        interval = f'<b style="left:{100 * bar.low:.1f}%;width:{100 * (bar.high - bar.low):.1f}%"></b>'
+    return (
+        f'<td class="number" data-value="{bar.value!r}"><span class="bar"><i style="width:{100 * bar.value:.1f}%"></i>'
+        f"{interval}</span></td>"
+    )
+
+
 def _cell(content: Content, column: Column) -> str:
+    if isinstance(content, Bar):
+        return _bar(content)
     cell = content if isinstance(content, Cell) else Cell(content)
     swatch = f'<span class="swatch" style="background:{cell.colour}"></span>' if cell.colour else ""
     kind = ' class="number"' if column.numeric else ""
@@ -152,3 +178,9 @@ def heading(text: str) -> str:
 def paragraph(text: str) -> str:
     """Return a paragraph of plain text."""
     return f"<p>{escape(text)}</p>"
+
+
+def folded(summary: str, parts: Sequence[str]) -> str:
+    """Return `parts`, which are HTML already, behind a line of text that shows them when it is clicked."""
+    body = "\n".join(parts)
+    return f"<details><summary>{escape(summary)}</summary>\n{body}\n</details>"

@@ -1,4 +1,4 @@
-"""The report's tables: scores of every source, and the flight check of the submission."""
+"""The report's table of scores: every source and fold, every class."""
 
 import csv
 import io
@@ -9,11 +9,14 @@ from statistics import fmean
 from typing import Any
 
 from cellmap_pipe.classes import CLASSES, TESTED, score_ceiling
-from cellmap_pipe.colours import VERDICTS, colour_of
+from cellmap_pipe.colours import colour_of
+from cellmap_pipe.evaluation.challenge import aggregate
+from cellmap_pipe.evaluation.rules import CLEAN
 from cellmap_pipe.files import read_json, write_text
 from cellmap_pipe.prepare.splits import describe_folds
 from cellmap_pipe.report.ceiling import Ceilings, Pooled, pooled_ceiling, read_ceilings
-from cellmap_pipe.report.pages import Cell, Column, Content, heading, page, paragraph, table
+from cellmap_pipe.report.pages import Cell, Column, Content, folded, heading, page, paragraph, table
+from cellmap_pipe.report.versions import rules_name, rules_sentences
 
 Path = str | os.PathLike[str]
 
@@ -32,10 +35,10 @@ SCORE_COLUMNS: tuple[Column, ...] = (
     Column("hausdorff", ".3f", "normalised Hausdorff distance: 1 is perfect"),
     Column("combined", ".3f", "square root of f1 x hausdorff"),
     Column("score", ".3f", "the challenge's score: iou or combined; overall, the geometric mean of both kinds"),
+    Column("score_clean", ".3f", "score by the rules 'clean', without the official evaluator's artefacts"),
     Column("grid_ceiling", ".3f", "the score of the labels themselves after their way to the grid and back"),
     Column("score_low", ".3f", "lower end of the score's 95 % interval (bootstrap over crops)"),
     Column("score_high", ".3f", "upper end of that interval"),
-    Column("score_clean", ".3f", "the same by the rules 'clean', without the official evaluator's artefacts"),
     Column("score_background", ".3f", "the score of an answer that marks nothing"),
     Column("untrained_dice", ".3f", "mean Dice of the network before training"),
     Column("ceiling", ".3f", "highest score that the answered classes can reach on the challenge's 48 classes"),
@@ -134,7 +137,7 @@ def _rows_of(entry: Scores, metrics: Mapping[str, Any], ceilings: Ceilings) -> l
     content = entry.content
     ceiling = grid_ceiling(entry, metrics, ceilings)
     base: ScoreRow = {column.name: None for column in SCORE_COLUMNS}
-    base |= {"source": entry.source, "fold": entry.fold, "rules": content["rules"]}
+    base |= {"source": entry.source, "fold": entry.fold, "rules": rules_name(content["rules"])}
     crops_of = {
         name: len({record["crop"] for record in content["records"] if record["label"] == name})
         for name in entry.classes
@@ -229,6 +232,7 @@ def write_scores(
 
 def _scores_page(scores: Sequence[Scores], rows: Sequence[ScoreRow], learned: Collection[str], division: str) -> str:
     overall = [row for row in rows if row["class"] == OVERALL]
+    rules = list(dict.fromkeys(str(entry.content["rules"]) for entry in scores))
     by_class = [row for row in rows if row["class"] != OVERALL]
     overall_columns = [column for column in SCORE_COLUMNS if column.name not in _OF_CLASSES]
     class_columns = [column for column in SCORE_COLUMNS if column.name not in _OF_WHOLE_RUNS]
@@ -238,6 +242,7 @@ def _scores_page(scores: Sequence[Scores], rows: Sequence[ScoreRow], learned: Co
             "Every number is measured on validation crops that the model never saw in training. All are without unit; "
             "1 is perfect. Click on a column's head to sort; hover over it for its meaning."
         ),
+        *([paragraph(rules_sentences([*rules, CLEAN]))] if rules else []),
         *([paragraph(f"Validation: {division}.")] if division else []),
         paragraph(
             "Read each score beside its grid_ceiling: what the labels themselves score, over the same crops, after "
@@ -268,8 +273,79 @@ def _scores_page(scores: Sequence[Scores], rows: Sequence[ScoreRow], learned: Co
     failed = [[f"{entry.source}, fold {entry.fold}", line] for entry in scores for line in entry.content["failed"]]
     if failed:
         parts += [heading("Not scored"), table([Column("source"), Column("cause")], failed, name="failed")]
-    parts += [paragraph(note) for note in dict.fromkeys(str(entry.content.get("note", "")) for entry in scores) if note]
+    differences = [
+        [entry.source, entry.fold, *row]
+        for entry in scores
+        for row in differing_rows(entry.content["records"], entry.content["clean_records"])
+    ]
+    if differences:
+        parts += [
+            heading("Where the rules differ"),
+            paragraph(
+                f"Counts or distances of these labels of crops differ between {rules_name(*rules)} and {CLEAN}: ids of "
+                "unmatched objects that collide with those of others, crops that are skipped, boxes that come to lie "
+                "one voxel off."
+            ),
+            folded(
+                counted(len(differences), "label") + " of crops",
+                [
+                    table(
+                        [Column("source"), Column("fold"), *differing_columns(rules_name(*rules))],
+                        differences,
+                        name="differs",
+                    )
+                ],
+            ),
+        ]
     return page("Scores", parts)
+
+
+def differing_columns(rules: str) -> list[Column]:
+    """Return the columns of `differing_rows`; rules: name of the rules beside `clean`."""
+    counts = "objects of an instance class, voxels of the others"
+    return [
+        Column("crop"),
+        Column("class"),
+        Column(f"score by {rules}", ".3f"),
+        Column("score by clean", ".3f"),
+        Column(f"tp, fp, fn by {rules}", hint=counts),
+        Column("tp, fp, fn by clean", hint=counts),
+        Column("status", hint="what the first rules did with this label"),
+    ]
+
+
+def differing_rows(records: Iterable[Mapping[str, Any]], clean: Iterable[Mapping[str, Any]]) -> list[list[Content]]:
+    """Return a row for each label that two versions of the rules count differently.
+
+    records, clean: records with `crop` and `label`, those of `clean` where they differ. What `clean` does not score at
+    all (a truth array `<label>_mask`) is no record of it and has no row.
+    """
+    by_name = {(record["crop"], record["label"]): record for record in records}
+    rows: list[list[Content]] = []
+    for other in clean:
+        record = by_name[other["crop"], other["label"]]
+        counts = [", ".join(str(each.get(key, "")) for key in ("tp", "fp", "fn")) for each in (record, other)]
+        name = Cell(other["label"], colour_of(other["label"]) if other["label"] in CLASSES else None)
+        rows.append([other["crop"], name, _alone(record), _alone(other), *counts, str(record["status"])])
+    return rows
+
+
+def _alone(record: Mapping[str, Any]) -> float | None:
+    """Return what one record scores by itself, None where it drops out of the pool."""
+    if record["status"] != "scored" and not any(record.get(key) for key in ("tp", "fp", "fn")):
+        return None
+    score = next(iter(aggregate([record])["label_scores"].values()))
+    return float(score["iou"] if "iou" in score else score["combined_score"])
+
+
+def in_order(names: Collection[str]) -> list[str]:
+    """Return classes in the challenge's order, others behind them."""
+    return [*(name for name in CLASSES if name in names), *sorted(set(names) - set(CLASSES))]
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _ceiling_sentence(scores: Sequence[Scores], learned: Collection[str]) -> str:
@@ -290,91 +366,3 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV file as dicts of text."""
     with open(path, newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _truth_scores(scores: Mapping[str, Any]) -> list[str]:
-    """Return the section on a submission's scores against known truth."""
-    columns = [
-        Column("class"),
-        Column("iou", ".3f", "intersection over union, of semantic classes"),
-        Column("f1", ".3f", "of instances: 2 TP / (2 TP + FP + FN)"),
-        Column("hausdorff", ".3f", "mean normalised Hausdorff distance of instances"),
-        Column("score", ".3f", "IoU, or the root of F1 times Hausdorff"),
-    ]
-    overall = [
-        [kind, None, None, None, scores[f"overall_{kind}_score" if kind != "overall" else "overall_score"]]
-        for kind in ("overall", "instance", "semantic")
-    ]
-    rows = [
-        [
-            Cell(name, colour_of(name)),
-            score.get("iou"),
-            score.get("f1"),
-            score.get("normalized_hausdorff_distance"),
-            score.get("combined_score", score.get("iou")),
-        ]
-        for name, score in scores["label_scores"].items()
-    ]
-    return [
-        heading("Scores against the known truth"),
-        paragraph(
-            f"Rules {scores['rules']}; {scores['num_evals_done']} of {scores['total_evals']} arrays were scored."
-        ),
-        table(columns, [*overall, *rows], strong=range(len(overall)), name="truth"),
-    ]
-
-
-def write_submission(report_json: Path, score_jsons: Sequence[Path], out_html: Path) -> None:
-    """Write the flight check of the submission as HTML: what is in the file, its digest, and every problem found.
-
-    score_jsons: at most one, the scores of the submission against known truth (evaluation.official.score_submission).
-    """
-    report = read_json(report_json, "run `snakemake -R submission`")
-    problems = report["problems"]
-    verdict = f"{_counted(len(problems), 'problem')}: not ready to send" if problems else "ready to send"
-    facts: list[list[Content]] = [
-        ["verdict", Cell(verdict, VERDICTS["reject" if problems else "keep"])],
-        ["arrays", f"{report['rows']:,}"],
-        ["arrays without any voxel set", f"{len(report['zero_rows']):,}"],
-        ["arrays that no model answers", f"{len(report['not_predicted']):,}"],
-        ["arrays that lack some of their parts", f"{len(report['approximate']):,}"],
-        ["size (MB)", f"{report['size'] / 1e6:,.1f}"],
-        ["SHA-256", report["sha256"]],
-        ["rules", report["rules"]],
-    ]
-    parts = [table([Column("item"), Column("value")], facts, name="facts"), paragraph(report["note"])]
-    for path in score_jsons:
-        parts += _truth_scores(read_json(path, "run `snakemake -R score_submission`"))
-    for title, key in (("Problems", "problems"), ("Warnings", "warnings")):
-        if report[key]:
-            rows = [[str(line)] for line in report[key]]
-            parts += [heading(title), table([Column(title.lower())], rows, name=key)]
-    if report["approximate"]:
-        parts += [
-            heading("Groups without some of their parts"),
-            paragraph("Formed from the classes that were predicted; voxels of the missing ones are not in them."),
-            table(
-                [Column("array"), Column("missing")],
-                [[name, ", ".join(missing)] for name, missing in report["approximate"].items()],
-                name="approximate",
-            ),
-        ]
-    if report["zero_rows"]:
-        answered = set(report["zero_rows"]) - set(report["not_predicted"])
-        parts += [
-            heading("Arrays without any voxel set"),
-            paragraph("The challenge counts a missing array more harshly than an empty one, so every row is answered."),
-            table(
-                [Column("array"), Column("why")],
-                [
-                    [name, "predicted, and empty" if name in answered else "no model answers it"]
-                    for name in report["zero_rows"]
-                ],
-                name="zeros",
-            ),
-        ]
-    write_text(out_html, page("Submission", parts))

@@ -10,6 +10,7 @@ from cellmap_pipe.colours import colour_of
 from cellmap_pipe.files import read_json, write_text
 from cellmap_pipe.prediction.processing import REMEDY
 from cellmap_pipe.report.pages import Cell, Column, Content, heading, page, paragraph, table
+from cellmap_pipe.report.versions import rules_sentences
 
 Path = str | os.PathLike[str]
 
@@ -49,7 +50,10 @@ def write_tuning(tuned_jsons: Sequence[Path], out_html: Path) -> None:
         source = FilePath(path).stem
         parts += [
             heading(source),
-            paragraph(f"{len(content['groups'])} crops; masks of different classes {_repair(content)}."),
+            paragraph(
+                f"{len(content['groups'])} crops; masks of different classes {_repair(content)}. "
+                f"{rules_sentences([content['rules']])}"
+            ),
             table(COLUMNS, rows, name=source),
         ]
         if content["failed"]:
