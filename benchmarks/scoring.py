@@ -258,14 +258,21 @@ def growth(path: str) -> dict[str, float]:
         seconds = cpu_seconds(lambda p=pred, t=truth: score_instance(p, t, VOXEL_NM), 2)
         cases.append((n, objects, fill, np.count_nonzero(truth), seconds))
         logger.info("growth %d^3, %d objects of %d voxels in all: %.2f s", n, *cases[-1][1::2], seconds)
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)
-    for ax, column, other, name in ((axes[0], 1, 3, "truth objects"), (axes[1], 3, 1, "voxels of truth objects")):
-        for n, fill in sorted({(n, fill) for n, _, fill, *_ in cases}):
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    series = sorted({(n, fill) for n, _, fill, *_ in cases})
+    colours = dict(zip(sorted({n for n, _ in series}), ("#440154", "#21918c", "#e69f00"), strict=True))
+    for ax, column, style in ((axes[0], 1, "-"), (axes[1], 3, "")):
+        for n, fill in series:
             rows = sorted((case[column], case[4]) for case in cases if (case[0], case[2]) == (n, fill))
-            ax.loglog(*zip(*rows, strict=True), "o-" if other == 3 else "o", label=f"{n}³ voxels, {fill:.0%} filled")
-        ax.set(xlabel=name)
-    axes[0].set(ylabel="CPU time (s)")
-    axes[0].legend(fontsize="x-small")
+            marker, face = ("o", colours[n]) if fill > 0.1 else ("s", "white")
+            name = f"{n}³ voxels, {fill:.0%} of them objects"
+            x, y = zip(*rows, strict=True)
+            ax.loglog(x, y, marker + style, color=colours[n], markerfacecolor=face, label=name)
+    least = min(case[4] for case in cases)
+    axes[0].loglog([20, 5000], [least, least * 250], ":", color="#555555", label="were it objects x volume")
+    axes[0].set(xlabel="truth objects", ylabel="CPU time (s)")
+    axes[1].set(xlabel="voxels of truth objects")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.savefig(path)
     logs = np.log([[voxels, objects, seconds] for _, objects, _, voxels, seconds in cases])
     terms = np.column_stack([logs[:, :2], np.ones(len(logs))])

@@ -115,6 +115,12 @@ def parts_of(group: str, classes: Iterable[str]) -> list[str]:
     return [name for name in classes if contains(group, name)]
 
 
+def missing_atoms(group: str, parts: Iterable[str]) -> list[str]:
+    """Return the atoms of `group` that are in none of `parts`."""
+    lacking = get_class(group).atoms.difference(*(get_class(name).atoms for name in parts))
+    return [name for name, entry in CLASSES.items() if entry.is_atom and entry.id in lacking]
+
+
 def score_ceiling(classes: Iterable[str]) -> float:
     """Return the highest overall challenge score that answers in `classes` alone can reach.
 

@@ -6,10 +6,12 @@ and exit status 2; a submission with problems gives exit status 1.
 """
 
 import argparse
+import errno
 import json
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +25,7 @@ def _score(arguments: argparse.Namespace) -> int:
     from cellmap_pipe.evaluation.official import score_submission, score_table
 
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is better known before
+        _check_writable(arguments.out)
     with _bar("label") as shown:
         result = score_submission(
             arguments.submission,
@@ -33,16 +35,18 @@ def _score(arguments: argparse.Namespace) -> int:
             memory_gb=arguments.memory_gb,
             progress=shown,
         )
-    if arguments.out:
-        write_json(arguments.out, result)
     _say(score_table(result))
+    if arguments.out:
+        with _writing(str(arguments.out)):
+            write_json(arguments.out, result)
     return 1 if result["failed"] else 0
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    from cellmap_pipe.evaluation.flight import as_json, unanswered, validate
-    from cellmap_pipe.evaluation.forecast import forecast, presence, read_validation
+    from cellmap_pipe.evaluation.flight import unanswered, validate
+    from cellmap_pipe.evaluation.forecast import read_validation
     from cellmap_pipe.evaluation.manifest import read_manifest
+    from cellmap_pipe.evaluation.problem import lines_of
 
     rows = read_manifest(arguments.manifest, arguments.classes)
     validation = read_validation(arguments.scores) if arguments.scores else None
@@ -51,13 +55,11 @@ def _validate(arguments: argparse.Namespace) -> int:
         arguments.manifest,
         arguments.classes,
         workers=arguments.workers,
-        presence=presence(validation[0]) if validation else None,
+        presence=validation.presence() if validation else None,
     )
-    status = _report(arguments.submission, as_json(problems, "error"), as_json(problems, "warning"))
+    status = _report(arguments.submission, lines_of(problems, "error"), lines_of(problems, "warning"))
     if validation:
-        records, source, rules = validation
-        labels = {row.label for row in rows}
-        _say_forecast({**forecast(records, labels, unanswered(problems, rows)), "source": source, "rules": rules})
+        _say_forecast(validation.forecast({row.label for row in rows}, unanswered(problems, rows)))
     return status
 
 
@@ -66,17 +68,25 @@ def _pack(arguments: argparse.Namespace) -> int:
 
     report = arguments.report or arguments.out.with_suffix(".json")
     for path in (arguments.out, report):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    pack(
-        arguments.predictions,
-        arguments.manifest,
-        arguments.out,
-        report,
-        classes=arguments.classes,
-        workers=arguments.workers,
-        scores=arguments.scores,
-    )
+        _check_writable(path)
+    with _writing(f"{arguments.out}, or its report {report}"):
+        pack(
+            arguments.predictions,
+            arguments.manifest,
+            arguments.out,
+            report,
+            classes=arguments.classes,
+            workers=arguments.workers,
+            scores=arguments.scores,
+        )
     result = read_json(report)
+    if absent := result["not_predicted"]:
+        names = ", ".join(absent[:6]) + (", ..." if len(absent) > 6 else "")
+        _say(f"{len(absent)} of {result['rows']} rows were not predicted, and are zeros: {names}")
+    if approximate := result["approximate"]:
+        without = [f"{name} ({', '.join(lacking)})" for name, lacking in list(approximate.items())[:6]]
+        names = "; ".join(without) + ("; ..." if len(approximate) > 6 else "")
+        _say(f"{len(approximate)} rows are groups formed without some of their parts: {names}")
     status = _report(arguments.out, result["problems"], result["warnings"])
     if result.get("forecast"):
         _say_forecast(result["forecast"])
@@ -188,16 +198,37 @@ def _report(archive: Path, problems: Sequence[str], warnings: Sequence[str]) -> 
     return 1 if problems else 0
 
 
+def _check_writable(path: Path) -> None:
+    """Raise ConfigError if no file can be written there: that is better known before the work than after it."""
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; give the name of a file in it")
+    with _writing(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
+@contextmanager
+def _writing(what: str) -> Iterator[None]:
+    """Name what is written in errors of the system, which know of no file, or of a temporary one."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "give another place"
+        raise ConfigError(f"{what}: cannot be written ({error.strerror or error}); {remedy}") from error
+
+
 def _say_forecast(forecast: Mapping[str, Any]) -> None:
     """Print the score to expect: overall, by class, and the classes that count 0."""
-    from cellmap_pipe.evaluation.rules import get_rules
+    from cellmap_pipe.evaluation.rules import CLEAN, get_rules
 
     width = max([14, *(len(label) + 2 for label in forecast["label_scores"])])
     _say(f"{'label':<{width}}{'score':>8}{'95 %':>18}{'crops':>7}")
     for label, score in forecast["label_scores"].items():
         if score["crops"]:
             _say(f"{label:<{width}}{score['score']:>8.4f}{_interval(score):>18}{score['crops']:>7}")
-    _say(f"{'overall':<{width}}{forecast['score']:>8.4f}{_interval(forecast):>18}{forecast['crops']:>7}")
+    overall = {"overall": forecast} | ({} if forecast["rules"] == CLEAN else {f"by {CLEAN}": forecast[CLEAN]})
+    for name, part in overall.items():
+        _say(f"{name:<{width}}{part['score']:>8.4f}{_interval(part):>18}{part['crops']:>7}")
     for key, why in (("unanswered", "no voxel in the submission"), ("unvalidated", "not in the validation scores")):
         if forecast[key]:
             _say(f"{why}, counted as 0: {', '.join(forecast[key])}")
@@ -332,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(parsed.run(parsed))
     except KeyboardInterrupt:
-        sys.stderr.write("ERROR stopped by Ctrl-C; what is written is whole: give the command again to go on\n")
+        sys.stderr.write("ERROR stopped by Ctrl-C; what is written is whole: give the command again\n")
         return 130
     except (CellmapError, OSError) as error:
         sys.stderr.write(f"ERROR {' '.join(str(error).split())}\n")

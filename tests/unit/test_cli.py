@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import sys
@@ -134,7 +135,8 @@ def test_the_score_to_expect_is_printed_with_its_interval_and_what_counts_nothin
         counts = {"crop": f"x/crop{number}", "tp": 4 + number, "fp": 1, "fn": 1, "status": "scored"}
         records = [{**counts, "label": "ecs"}, {**counts, "label": "er"}]
         records.append({**counts, "label": "nuc", "hausdorff_norm_sum": 3.0, "n_hausdorff": 6})
-        (tmp_path / f"fold{number}.json").write_text(json.dumps({**fold, "records": records}))
+        content = {**fold, "records": records, "clean_records": [{**records[0], "fp": 0}]}
+        (tmp_path / f"fold{number}.json").write_text(json.dumps(content))
     scores = ["--scores", *(str(tmp_path / f"fold{number}.json") for number in (0, 1))]
     manifest = ["--manifest", str(tmp_path / "volumes.csv"), "--workers", "1"]
     assert main(["validate", str(answer), *manifest, *scores]) == 0
@@ -143,6 +145,8 @@ def test_the_score_to_expect_is_printed_with_its_interval_and_what_counts_nothin
     (overall,) = (line.split() for line in lines if line.startswith("overall"))
     low, score, high = float(overall[2]), float(overall[1]), float(overall[4])
     assert 0 < low <= score <= high < 1
+    (clean,) = (line.split() for line in lines if line.startswith("by clean"))
+    assert float(clean[2]) > score
     assert "no voxel in the submission, counted as 0: er" in lines
     assert "not in the validation scores, counted as 0: pm" in lines
     assert "crops of net; rules csc-2026.06; the score" in lines[-1]
@@ -240,3 +244,68 @@ def test_an_interrupt_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("cellmap_pipe.phantom.write_challenge", interrupted)
     assert main(["phantom", str(tmp_path)]) == 130
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def unreadable(path: Path) -> None:
+    """Make a file one that cannot be read by anybody, root included: a link to itself."""
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def test_a_file_that_cannot_be_read_costs_its_label_alone(tmp_path, mask, capfd):
+    truth, answer = tmp_path / "truth.zarr", tmp_path / "answer.zarr"
+    for path in (truth, answer):
+        write_answers(path, mask)
+        write_answers(path, mask, "pm")
+    unreadable(answer / "crop7/pm/0.0.0")
+    assert main(["score", str(answer), str(truth), "--workers", "1", "--out", str(tmp_path / "s.json")]) == 1
+    printed = capfd.readouterr()
+    assert "0.0.0: cannot be read" in printed.out and "1 of 2 labels scored" in printed.out
+    assert "Traceback" not in printed.err
+    (tmp_path / "m.csv").write_text(MANIFEST + MANIFEST.splitlines()[1].replace("ecs", "pm") + "\n")
+    arguments = ["--manifest", str(tmp_path / "m.csv"), "--workers", "1"]
+    assert main(["validate", str(answer), *arguments]) == 1
+    printed = capfd.readouterr()
+    assert "problem: crop7/pm: " in printed.out and "crop7/ecs" not in printed.out
+    assert "Traceback" not in printed.err
+    assert main(["pack", str(answer), *arguments, "--out", str(tmp_path / "s.zip")]) == 2
+    assert "0.0.0: cannot be read" in capfd.readouterr().err
+    assert not (tmp_path / "s.zip").exists()
+
+
+@pytest.mark.parametrize("command", ["score", "pack"])
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path, mask, monkeypatch, capsys, command):
+    from cellmap_pipe.evaluation import official, submission
+
+    def worked(*_: Any, **__: Any) -> None:
+        raise AssertionError("began to work")
+
+    monkeypatch.setattr(official, "score_submission", worked)
+    monkeypatch.setattr(submission, "pack", worked)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "m.csv").write_text(MANIFEST)
+    answer = str(write_answers(tmp_path / "answer.zarr", mask))
+    other = [answer] if command == "score" else ["--manifest", str(tmp_path / "m.csv")]
+    for out, message in ((tmp_path, "is a folder"), (tmp_path / "file/out.x", "cannot be written")):
+        assert main([command, answer, *other, "--out", str(out)]) == 2
+        printed = capsys.readouterr().err
+        assert f"{out}: {message}" in printed and printed.count("\n") == 1
+
+
+def test_a_full_disk_is_named_and_the_scores_are_shown(tmp_path, mask, monkeypatch, capsys):
+    def full(path: Path, _: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("cellmap_pipe.cli.write_json", full)
+    answer, out = str(write_answers(tmp_path / "answer.zarr", mask)), tmp_path / "s.json"
+    assert main(["score", answer, answer, "--workers", "1", "--out", str(out)]) == 2
+    printed = capsys.readouterr()
+    assert f"{out}: cannot be written (No space left on device); make room there" in printed.err
+    assert "overall" in printed.out
+
+
+def test_rows_without_a_prediction_are_counted(tmp_path, mask, capsys):
+    (tmp_path / "m.csv").write_text(MANIFEST + NUC)
+    answer = str(write_answers(tmp_path / "answer.zarr", mask))
+    assert main(["pack", answer, "--manifest", str(tmp_path / "m.csv"), "--out", str(tmp_path / "s.zip")]) == 0
+    assert "1 of 2 rows were not predicted, and are zeros: crop7/nuc" in capsys.readouterr().out

@@ -28,8 +28,10 @@ from submission_case import (
 )
 
 from cellmap_pipe.evaluation import flight
+from cellmap_pipe.evaluation.chunk_components import component_sizes
 from cellmap_pipe.evaluation.container import open_container
 from cellmap_pipe.evaluation.flight import unanswered, validate
+from cellmap_pipe.evaluation.flight_content import scan
 from cellmap_pipe.evaluation.manifest import read_manifest
 
 
@@ -298,7 +300,7 @@ def test_components_of_stored_chunks_are_those_of_the_whole_array(tmp_path_facto
     )
     array[:] = values
     stored = open_container(root).array("", "a")
-    sizes = flight._component_sizes(stored, flight.scan(stored).chunks)
+    sizes = component_sizes(stored, scan(stored).chunks)
     whole = cc3d.statistics(cc3d.connected_components(values.astype(np.uint32)))["voxel_counts"][1:]
     assert sorted(sizes.tolist()) == sorted(whole.tolist())
 
@@ -310,6 +312,27 @@ def test_seeded_fault_is_found_by_name(good, fault):
     found = [problem for problem in problems if problem.fault == fault]
     assert found, [str(problem) for problem in problems]
     assert all(problem.array and problem.remedy for problem in problems)
+
+
+def dust_beside_an_object():
+    values = speckle()
+    values[:10, :10, :10] = 2
+    return values
+
+
+@pytest.mark.parametrize(
+    ("fault", "values", "severity"),
+    [
+        ("dtype that wraps ids", ids(300), "error"),
+        ("dtype that wraps ids", ids(255), "warning"),  # as many as there are ids: there may have been no more
+        ("too many instances", dust_beside_an_object(), "error"),
+        ("too many instances", speckle(), "warning"),  # all are small: the objects may be
+    ],
+)
+def test_what_may_be_sound_is_a_warning(good, fault, values, severity):
+    rewrite(good / "good.zarr", "crop1/nuc", values)
+    problems = validate(good / "good.zarr", good / "manifest.csv")
+    assert [p.severity for p in problems if (p.array, p.fault) == ("crop1/nuc", fault)] == [severity]
 
 
 def fake_zip(path, *, extra=None, link=False, root=None):

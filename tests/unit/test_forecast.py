@@ -116,14 +116,24 @@ def test_presence_counts_the_crops_whose_truth_has_the_class():
 
 def write_scores(path, crops, model="ensemble", rules="csc-2026.06"):
     records = [{"crop": crop, "label": "er", "status": "scored", "tp": 1, "fp": 0, "fn": 0} for crop in crops]
-    path.write_text(json.dumps({"model": model, "rules": rules, "records": records}))
+    clean = [{**record, "fp": 1} for record in records if record["crop"] == "d/crop1"]
+    path.write_text(json.dumps({"model": model, "rules": rules, "records": records, "clean_records": clean}))
     return path
 
 
 def test_folds_of_one_source_are_read_together(tmp_path):
     paths = [write_scores(tmp_path / f"fold{i}.json", [f"d/crop{i}"]) for i in range(2)]
-    records, source, rules = read_validation(paths)
-    assert ([r["crop"] for r in records], source, rules) == (["d/crop0", "d/crop1"], "ensemble", "csc-2026.06")
+    result = read_validation(paths)
+    assert [record["crop"] for record in result.records] == ["d/crop0", "d/crop1"]
+    assert (result.source, result.rules) == ("ensemble", "csc-2026.06")
+
+
+def test_a_forecast_stands_beside_that_of_the_clean_rules(tmp_path):
+    paths = [write_scores(tmp_path / f"fold{i}.json", [f"d/crop{i}"]) for i in range(2)]
+    result = read_validation(paths).forecast(["er", "pm"], ["pm"])
+    assert (result["rules"], result["unanswered"]) == ("csc-2026.06", ["pm"])
+    assert result["label_scores"]["er"]["score"] == 1
+    assert result["clean"]["label_scores"]["er"]["score"] == pytest.approx(2 / 3)  # it counts crop1 otherwise
 
 
 @pytest.mark.parametrize(
@@ -141,7 +151,16 @@ def test_scores_that_do_not_belong_together_are_refused(tmp_path, other, error, 
         read_validation([first, second])
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": "m", "rules": "clean", "records": [1]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"model": "m", "rules": "clean", "records": [1]}',
+        '{"model": "m", "rules": "clean", "records": []}',
+    ],
+)
 def test_files_without_validation_scores_are_named(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ContractError, match=r"a.json: .*give results/scores"):

@@ -88,6 +88,21 @@ def test_zip_folder_and_segmentation_json_score_alike(volumes):
     assert "er" in score_table(result) and "csc-2026.06" in score_table(result)
 
 
+def test_groups_and_zarr_v3_in_a_submission_are_missing_and_said_to_be_there(volumes):
+    root = volumes / "submission.zarr"
+    (root / "crop1/er").rename(root / "s0")
+    (root / "crop1/er").mkdir()
+    (root / "s0").rename(root / "crop1/er/s0")
+    shutil.rmtree(root / "crop1/mito")
+    zarr.create_array(root / "crop1/mito", data=np.ones((20, 20, 20), np.uint8), zarr_format=3)
+    result = score_submission(root, volumes / "truth.zarr")
+    assert {record["status"] for record in result["records"]["crop1"].values()} == {"missing"}
+    first, second = result["warnings"]
+    assert "crop1/er is a group (s0), and counts as missing" in first
+    assert "crop1/mito is zarr v3, and counts as missing" in second
+    assert first in score_table(result)
+
+
 def test_crop_folders_may_lack_the_word_crop(volumes):
     expected = score_submission(volumes / "submission.zarr", volumes / "truth.zarr")["records"]
     for crop in ("1", "2"):

@@ -27,6 +27,7 @@ from submission_case import (
 from cellmap_pipe.errors import ConfigError, ContractError, DataError
 from cellmap_pipe.evaluation import submission
 from cellmap_pipe.evaluation.container import open_container
+from cellmap_pipe.evaluation.flight import validate
 from cellmap_pipe.evaluation.manifest import read_manifest
 from cellmap_pipe.evaluation.official import score_submission
 from cellmap_pipe.evaluation.submission import pack
@@ -99,6 +100,19 @@ def test_groups_are_formed_from_their_parts(tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["not_predicted"] == ["crop1/er"]
     assert report["approximate"] == {"crop1/er_mem_all": ["eres_mem", "ne_mem"]}
+
+
+def test_groups_of_foreign_predictions_are_formed_without_some_of_their_parts_and_named(tmp_path):
+    mito = volumes_of(1)["mito"]
+    write(tmp_path, "p.zarr/crop1/mito_mem", (mito == 1).astype(np.uint8))
+    write(tmp_path, "p.zarr/crop1/mito_lum", (mito == 2).astype(np.uint8))
+    manifest = write_manifest(tmp_path / "manifest.csv", ["1"], ["mito", "cell", "golgi"])
+    pack(tmp_path / "p.zarr", manifest, tmp_path / "s.zip", tmp_path / "report.json")
+    container = open_container(tmp_path / "s.zip")
+    assert np.array_equal(container.array("crop1", "mito")[:] > 0, mito > 0)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["approximate"] == {"crop1/mito": ["mito_ribo"]}
+    assert report["not_predicted"] == ["crop1/cell", "crop1/golgi"]
 
 
 def test_other_voxels_are_resampled_to_the_manifest_once(tmp_path):
@@ -305,7 +319,8 @@ def test_what_the_check_of_the_result_cannot_see_is_reported(tmp_path):
     rewrite(tmp_path / "p.zarr", "crop1/er", volumes_of(1)["mito"])
     write(tmp_path / "p.zarr", "crop77/er", volumes_of(1)["er"])
     _, report = packed(tmp_path, tmp_path / "p.zarr", write_manifest(tmp_path / "m.csv", ["1"]))
-    assert [line.split(": ")[:2] for line in report["problems"]] == [["crop1/mito", "dtype that wraps ids"]]
+    assert report["problems"] == []
+    assert ["crop1/mito", "dtype that wraps ids"] in [line.split(": ")[:2] for line in report["warnings"]]
     assert ["crop1/er", "ids in a semantic class"] in [line.split(": ")[:2] for line in report["warnings"]]
     assert ["crop77", "extra crop"] in [line.split(": ")[:2] for line in report["warnings"]]
 
@@ -351,7 +366,7 @@ def write_scores(path, labels, present):
         for i in range(10)
         for label in labels
     ]
-    path.write_text(json.dumps({"model": "ensemble", "rules": "csc-2026.07", "records": records}))
+    path.write_text(json.dumps({"model": "ensemble", "rules": "csc-2026.07", "records": records, "clean_records": []}))
     return [path]
 
 
@@ -377,9 +392,102 @@ def test_the_report_forecasts_the_score_of_what_is_in_the_package(tmp_path):
         ("a,b\n1,2\n", "columns"),
         ("crop_name,class_label,voxel_size,translation,shape\n1,er,[4;4],[0;0;0],[4;4;4]\n", "line 2"),
         ("crop_name,class_label,voxel_size,translation,shape\n1,er,[4;4;x],[0;0;0],[4;4;4]\n", "line 2"),
+        ("\ncrop_name,class_label,voxel_size,translation,shape\n\n1,er,[4;4;x],[0;0;0],[4;4;4]\n", "line 4"),
+        ("crop_name,class_label,voxel_size,translation,shape\n1,er,[4;4;4],[0;0;0],[4.5;4;4]\n", "whole number"),
+        ("crop_name,class_label,voxel_size,translation,shape\n1,er,[4;4;4],[0;0;0],[inf;4;4]\n", "line 2"),
+        ("class_label,crop_name,voxel_size,translation,shape\ner\n", "line 2: crop_name is empty"),
+        ("crop_name,class_label,voxel_size,translation,shape\n", "no rows"),
+        ("crop_name;class_label;voxel_size\n1;er;4\n", "commas between them; it begins with 'crop_name;"),
+        ("", "it is empty"),
+        ('"' + "x" * 200_000, "no table of text"),
     ],
 )
 def test_unusable_manifests_are_refused(tmp_path, text, fault):
     (tmp_path / "m.csv").write_text(text)
     with pytest.raises(ConfigError, match=fault):
         read_manifest(tmp_path / "m.csv")
+
+
+def test_a_manifest_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "m.csv").write_bytes("crop_name,class_label".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"m\.csv: is no table of text in UTF-8"):
+        read_manifest(tmp_path / "m.csv")
+
+
+def test_manifests_are_read_as_spreadsheets_write_them(tmp_path):
+    plain = write_manifest(tmp_path / "m.csv")
+    lines = plain.read_text().splitlines()
+    text = "\r\n".join(["", *lines[:3], "", *lines[2:], ",,,,,", "  "])
+    (tmp_path / "other.csv").write_text("\ufeff" + text.replace(",", ", "))
+    assert read_manifest(tmp_path / "other.csv") == read_manifest(plain)
+
+
+def test_predictions_of_zarr_v3_are_never_packed_as_zeros_in_silence(tmp_path):
+    root = write_predictions(tmp_path / "p.zarr")
+    shutil.rmtree(root / "crop1/er")
+    write(root, "crop1/er", volumes_of(1)["er"], zarr_format=3)
+    write(root, "crop2/pm/deep/er", volumes_of(2)["er"])
+    _, report = packed(tmp_path, root, write_manifest(tmp_path / "m.csv", labels=[*LABELS, "pm"]))
+    assert [line.split(":")[:2] for line in report["problems"]] == [
+        ["crop1/er", " not zarr v2"],
+        ["crop2/pm", " unreadable array"],
+    ]
+    shutil.rmtree(root)
+    write(root, "crop1/er", volumes_of(1)["er"], zarr_format=3)
+    with pytest.raises(DataError, match="crop1/er is zarr v3"):
+        packed(tmp_path, root, tmp_path / "m.csv")
+
+
+def test_crops_that_are_not_there_are_reported(tmp_path):
+    root = write_predictions(tmp_path / "p.zarr")
+    _, report = packed(tmp_path, root, write_manifest(tmp_path / "m.csv", ["1", "2", "3"]))
+    assert report["problems"] == []
+    assert [line.split(":")[:2] for line in report["warnings"]] == [["crop3", " crop not predicted"]]
+    (tmp_path / "nested").mkdir()
+    root.rename(tmp_path / "nested/jrc_x")
+    with pytest.raises(DataError, match=r"none of its folders \(jrc_x\) is a crop of the manifest"):
+        packed(tmp_path, tmp_path / "nested", tmp_path / "m.csv")
+
+
+def test_arrays_of_other_names_are_reported_and_do_not_stop_the_others(tmp_path):
+    root = write_predictions(tmp_path / "p.zarr")
+    (root / "crop1/er").rename(root / "crop1/reticulum")
+    _, report = packed(tmp_path, root, write_manifest(tmp_path / "m.csv"))
+    assert [line.split(":")[:2] for line in report["warnings"]] == [["crop1/reticulum", " extra label"]]
+    assert report["not_predicted"] == ["crop1/er"]
+
+
+@pytest.mark.parametrize(
+    ("out", "report"),
+    [
+        ("test.zip", "test.json"),  # what the command line makes of --out test.zip
+        ("s.zip", "s.zip"),
+        ("m.csv", "r.json"),
+        ("p.zip", "r.json"),
+        ("p.zarr/s.zip", "r.json"),
+    ],
+)
+def test_nothing_that_is_read_is_replaced(tmp_path, out, report):
+    manifest, source = write_manifest(tmp_path / "m.csv"), segmentation(tmp_path)
+    folder = write_predictions(tmp_path / "p.zarr")
+    predictions = {"test.zip": source, "p.zip": zipped(folder)}.get(out, folder)
+    before = {path: path.read_bytes() for path in (source, manifest, zipped(folder))}
+    with pytest.raises(ConfigError, match=r"would replace|lies in the folder"):
+        pack(predictions, manifest, tmp_path / out, tmp_path / report)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_zip_beside_predictions_is_not_taken_for_them(tmp_path):
+    root = write_predictions(tmp_path / "p.zarr")
+    shutil.copy(zipped(root), root / "old.zip")
+    with pytest.raises(DataError, match=r"holds old\.zip, which the evaluator takes, and the arrays of crop"):
+        open_container(root)
+
+
+def test_instances_as_a_mask_of_0_and_255_have_not_wrapped(tmp_path):
+    root = write_predictions(tmp_path / "p.zarr")
+    rewrite(root, "crop1/nuc", ((volumes_of(1)["nuc"] > 0) * 255).astype(np.uint8))
+    manifest = write_manifest(tmp_path / "m.csv")
+    assert validate(root, manifest) == []
+    _, report = packed(tmp_path, root, manifest)
+    assert report["problems"] == report["warnings"] == []

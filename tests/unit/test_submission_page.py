@@ -125,6 +125,16 @@ def written_forecast(folder):
     return json.loads((folder / "forecast.json").read_text())
 
 
+@pytest.mark.parametrize(("n", "folded"), [(20, False), (21, True)])
+def test_a_long_list_shows_on_a_click_but_problems_always(tmp_path, n, folded):
+    lines = [f"crop1/pm{i}: wrong shape" for i in range(n)]
+    report_json(tmp_path / "report.json", problems=lines, warnings=lines)
+    page_rows(tmp_path)
+    problems, warnings = (tmp_path / "report.html").read_text().split("<h2>Problems</h2>")[1].split("<h2>Warnings</h2>")
+    assert "<details>" not in problems
+    assert ("<summary>21 warnings</summary>" in warnings) is folded
+
+
 def test_the_forecast_counts_every_class_of_the_submission_and_pools_all_folds(submission):
     result = written_forecast(submission)
     assert result["unanswered"] == ["ecs"]  # pm is answered in one of the crops

@@ -201,6 +201,12 @@ def test_without_a_validated_fold_no_score_is_forecast(tmp_path):
     assert "no score can be forecast; add a fold to folds.run" in message
 
 
+@pytest.mark.parametrize("target", ["predict_swinunetr", "evaluate_swinunetr", "compare"])
+def test_targets_of_validation_crops_without_any_are_refused_instead_of_being_done_at_once(tmp_path, target):
+    message = refusal(tmp_path, "folds: {run: [all]}\n", target, "-n")
+    assert "folds.run trains no fold that has validation crops" in message
+
+
 def test_a_missing_data_folder_is_one_line_before_any_job(tmp_path):
     message = refusal(tmp_path, "data: {root: nowhere}")
     assert "data.root: 'nowhere' does not exist" in message

@@ -151,6 +151,11 @@ def predictions(model, folds, subset):
     """Return the function that names one model's predictions of all volumes of a subset."""
 
     def paths(wildcards):
+        if not folds:
+            refuse(
+                "folds.run trains no fold that has validation crops, so that there are none to predict; add a fold to"
+                " folds.run"
+            )
         return [
             path
             for fold in folds
@@ -189,14 +194,19 @@ def weighing_scores(wildcards):
     return expand(rules.evaluate.output.scores, source=MODELS, fold=VALIDATED_FOLDS)
 
 
-def forecasting_scores(wildcards):
-    """Return the validation scores of the ensemble, of which the submission is made."""
-    if not VALIDATED_FOLDS:
-        refuse(
-            "folds.run trains no fold that has validation crops, so that no score can be forecast; add a fold to"
-            " folds.run"
+def validation_scores(sources, lost):
+    """Return the function that names the validation scores of all folds; `lost`: what there is not without any."""
+
+    def paths(wildcards):
+        if not VALIDATED_FOLDS:
+            refuse(
+                f"folds.run trains no fold that has validation crops, so that {lost}; add a fold to folds.run"
+            )
+        return expand(
+            rules.evaluate.output.scores, source=sources, fold=VALIDATED_FOLDS
         )
-    return expand(rules.evaluate.output.scores, source="ensemble", fold=VALIDATED_FOLDS)
+
+    return paths
 
 
 def probabilities(source, folds, subset):

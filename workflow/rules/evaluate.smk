@@ -68,7 +68,8 @@ rule score_submission:
 
 rule submission_forecast:
     input:
-        scores=forecasting_scores,
+        # the submission is made of the ensemble
+        scores=validation_scores("ensemble", "no score can be forecast"),
         archive=rules.submission.output.archive,
         checks=rules.submission.output.checks,
     output:
@@ -115,5 +116,5 @@ for _model in KNOWN_MODELS:
         name:
             f"evaluate_{_model}"
         input:
-            expand(rules.evaluate.output.scores, source=_model, fold=VALIDATED_FOLDS),
+            validation_scores(_model, "nothing can be scored"),
         localrule: True

@@ -76,9 +76,7 @@ rule training_curves:
 
 rule compare:
     input:
-        scores=expand(
-            rules.evaluate.output.scores, source=SOURCES, fold=VALIDATED_FOLDS
-        ),
+        scores=validation_scores(SOURCES, "there are no scores to compare"),
         metrics=expand(rules.train.output.metrics, model=MODELS, fold=VALIDATED_FOLDS),
         ceilings=expand(
             rules.ceiling.output.index, grid=CONFIG.grids_in_use, shard=SHARDS

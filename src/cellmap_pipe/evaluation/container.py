@@ -55,8 +55,19 @@ class Container(ABC):
         """Yield name and stored size of every file below `folder`, in sorted order."""
 
     def digest(self) -> str:
-        """Return a SHA-256: of the zip file, or of the names and sizes of the files of a folder."""
-        return digest([list(entry) for entry in self.files("")])
+        """Return a SHA-256: of the zip file, or of the names and sizes of the files of a folder that can be read."""
+        return digest([list(entry) for entry in self._readable_files("")])
+
+    def _readable_files(self, folder: str) -> Iterator[tuple[str, int]]:
+        try:
+            yield from list(self.files(folder))
+        except DataError:
+            try:
+                names = self.children(folder)
+            except DataError:
+                return
+            for name in names:
+                yield from self._readable_files(f"{folder}/{name}" if folder else name)
 
     def crops(self) -> list[str]:
         """Return the sorted names of the folders in the root."""
@@ -64,7 +75,14 @@ class Container(ABC):
 
     def labels(self, crop: str) -> list[str]:
         """Return the sorted names of the crop's arrays; groups (multiscale images) are not among them."""
-        return [name for name in self.children(crop) if self.read(f"{crop}/{name}/.zarray") is not None]
+        return [name for name in self.children(crop) if self._has(f"{crop}/{name}/.zarray")]
+
+    def _has(self, name: str) -> bool:
+        """Return whether there is a file of that name; one that cannot be read is there too."""
+        try:
+            return self.read(name) is not None
+        except DataError:
+            return True
 
     def array(self, crop: str, label: str) -> "ChunkedArray | None":
         """Return an array of the crop ("": of the root), None if there is none. Raises DataError for bad metadata."""
@@ -103,10 +121,10 @@ class Container(ABC):
 
     def _levels(self, name: str) -> list[str]:
         """Return the array `name`, or the arrays directly in the group `name`."""
-        if self.read(f"{name}/.zarray") is not None:
+        if self._has(f"{name}/.zarray"):
             return [name]
         inner = (f"{name}/{child}" for child in self.children(name))
-        return [path for path in inner if self.read(f"{path}/.zarray") is not None]
+        return [path for path in inner if self._has(f"{path}/.zarray")]
 
     def _multiscale(self, name: str) -> list[tuple[str, np.ndarray, np.ndarray]] | None:
         """Return path, voxel size and translation (nm) of the levels in a group's OME-NGFF metadata, None without."""
@@ -154,6 +172,8 @@ class FolderContainer(Container):
             return self.locate(name).read_bytes()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
+        except OSError as error:
+            raise self._unreadable(name, error) from error
 
     def children(self, folder: str) -> list[str]:
         if folder == "" and self._roots is not None:
@@ -162,6 +182,12 @@ class FolderContainer(Container):
             return sorted(path.name for path in self.locate(folder).iterdir())
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as error:
+            raise self._unreadable(folder, error) from error
+
+    def _unreadable(self, name: str, error: OSError) -> DataError:
+        cause = error.strerror or error
+        return DataError(f"{self.locate(name)}: cannot be read ({cause}); see to its permissions and its disk")
 
     def files(self, folder: str) -> Iterator[tuple[str, int]]:
         for name in self.children(folder):
@@ -170,14 +196,18 @@ class FolderContainer(Container):
             if path.is_dir():
                 yield from self.files(inner)
             else:
-                yield inner, path.stat().st_size
+                try:
+                    size = path.stat().st_size
+                except OSError as error:
+                    raise self._unreadable(inner, error) from error
+                yield inner, size
 
 
 class Segmentations(FolderContainer):
     """Our own segmentations: a class is an OME-NGFF image, whose one array lies in the group of its name."""
 
     def labels(self, crop: str) -> list[str]:
-        return [name for name in self.children(crop) if self.read(f"{crop}/{name}/{MASK_ARRAY}/.zarray") is not None]
+        return [name for name in self.children(crop) if self._has(f"{crop}/{name}/{MASK_ARRAY}/.zarray")]
 
     def array(self, crop: str, label: str) -> "ChunkedArray | None":
         return super().array(crop, f"{label}/{MASK_ARRAY}")
@@ -307,10 +337,6 @@ class ChunkedArray:
                     index = None
             yield name, index
 
-    def stored_chunks(self) -> Iterator[tuple[int, ...]]:
-        """Yield the indices of the chunks that have a file; the others hold the fill value."""
-        return (index for _, index in self.files() if index is not None)
-
     def chunk(self, index: Sequence[int]) -> np.ndarray | None:
         """Return the voxels of a chunk that lie inside the array, None if it has no file."""
         name = self.key(index)
@@ -367,10 +393,14 @@ def open_container(path: str | os.PathLike[str]) -> Container:
     if len(zips) > 1:
         raise SubmissionError(f"{path}: holds {len(zips)} zip files; give one of them", "several zip files")
     if zips:
+        if array := next(path.glob("*/*/.zarray"), None):
+            both = f"{zips[0].name}, which the evaluator takes, and the arrays of {array.parent.parent.name}"
+            raise SubmissionError(f"{path}: holds {both}; move one of them elsewhere", "zip file beside arrays")
         return _zip(zips[0])
     inner = sorted(folder for folder in (*path.glob("*.zarr"), *path.glob("*/*.zarr")) if folder.is_dir())
     if len(inner) > 1:
-        raise SubmissionError(f"{path}: holds {len(inner)} zarr folders; {ONE_ZARR}", "several zarr folders")
+        names = _named([str(folder.relative_to(path)) for folder in inner])
+        raise SubmissionError(f"{path}: holds {len(inner)} zarr folders{names}; {ONE_ZARR}", "several zarr folders")
     return FolderContainer(str(path), inner[0] if inner else path)
 
 
@@ -399,8 +429,13 @@ def _zip(path: Path) -> ZipContainer:
                 prefixes.add("/".join(parts[: depth + 1]) + "/")
                 break
     if len(prefixes) > 1:
-        raise SubmissionError(f"{path}: holds {len(prefixes)} zarr folders; {ONE_ZARR}", "several zarr folders")
+        names = _named([prefix.rstrip("/") for prefix in sorted(prefixes)])
+        raise SubmissionError(f"{path}: holds {len(prefixes)} zarr folders{names}; {ONE_ZARR}", "several zarr folders")
     return ZipContainer(str(path), archive, prefixes.pop() if prefixes else "")
+
+
+def _named(names: Sequence[str]) -> str:
+    return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 def segmented(path: Path) -> list[dict[str, Any]]:

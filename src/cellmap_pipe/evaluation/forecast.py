@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from cellmap_pipe.errors import ConfigError, ContractError
 from cellmap_pipe.evaluation.alignment import is_instance
 from cellmap_pipe.evaluation.bootstrap import PERCENTILES, overall, resample
 from cellmap_pipe.evaluation.challenge import aggregate
+from cellmap_pipe.evaluation.rules import CLEAN, get_rules
 from cellmap_pipe.files import read_json
 
 Forecast = dict[str, Any]
@@ -99,8 +101,37 @@ def presence(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]
     return result
 
 
-def read_validation(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[dict[str, Any]], str, str]:
-    """Return (records, source, rules) of the validation scores of one model or ensemble.
+@dataclass(frozen=True)
+class Validation:
+    """Validation scores of one `source`, a model or the ensemble, over all its folds.
+
+    records, clean: those of every crop and label, by the version `rules` and by the rules `clean`.
+    """
+
+    source: str
+    rules: str
+    records: Sequence[Mapping[str, Any]]
+    clean: Sequence[Mapping[str, Any]]
+
+    def presence(self) -> dict[str, tuple[int, int]]:
+        """Return `presence` of the crops."""
+        return presence(self.records)
+
+    def forecast(self, labels: Collection[str], unanswered: Collection[str]) -> Forecast:
+        """Return `forecast` by both rules: that by `clean` under this key; source, rules, provisional and note too."""
+        version = get_rules(self.rules)
+        return {
+            **forecast(self.records, labels, unanswered),
+            CLEAN: forecast(self.clean, labels, unanswered),
+            "source": self.source,
+            "rules": self.rules,
+            "provisional": version.provisional,
+            "note": version.note,
+        }
+
+
+def read_validation(paths: Sequence[str | os.PathLike[str]]) -> Validation:
+    """Return the validation scores of one model or ensemble.
 
     paths: `results/scores/{source}/fold*.json`. Raises ConfigError if they are of several sources or rules, or hold a
     crop's label twice; ContractError for a file that holds no validation scores.
@@ -109,6 +140,7 @@ def read_validation(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[dict[
         raise ConfigError("no validation scores are given; give results/scores/{source}/fold*.json")
     remedy = "give results/scores/{source}/fold*.json"
     records: list[dict[str, Any]] = []
+    clean: list[dict[str, Any]] = []
     first: tuple[str, str] | None = None
     origin: dict[tuple[str, str], str] = {}
     for path in map(str, paths):
@@ -116,6 +148,7 @@ def read_validation(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[dict[
         try:
             source, rules, of_fold = str(content["model"]), str(content["rules"]), list(content["records"])
             names = [(record["crop"], record["label"]) for record in of_fold]
+            differing = {(record["crop"], record["label"]): record for record in content["clean_records"]}
         except (KeyError, TypeError) as error:
             cause = f"{type(error).__name__}: {error}"
             raise ContractError(f"{path}: holds no validation scores ({cause}); {remedy}") from error
@@ -129,5 +162,6 @@ def read_validation(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[dict[
                 raise ConfigError(f"{path}: {'/'.join(name)} is in {origin[name]} too; give every fold once")
             origin[name] = path
         records += of_fold
+        clean += [differing.get(name, record) for name, record in zip(names, of_fold, strict=True)]
     assert first is not None
-    return records, *first
+    return Validation(*first, records, clean)

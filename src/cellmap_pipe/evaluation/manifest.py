@@ -33,8 +33,10 @@ def read_manifest(
     Raises ConfigError naming the file, the line and what is wrong there.
     """
     rows: dict[tuple[str, str], ManifestRow] = {}
-    for line, entry in enumerate(_entries(path), start=2):
+    for line, entry in _entries(path):
         crop = _crop(entry)
+        if not crop:
+            raise ConfigError(f"{path}: line {line}: crop_name is empty")
         try:
             geometry = _geometry(entry)
             if not any(geometry) and boxes is not None:
@@ -45,13 +47,13 @@ def read_manifest(
                 lattice = Lattice(
                     vec3(_vector(geometry[0])),
                     vec3(_vector(geometry[1])),
-                    shape3([int(n) for n in _vector(geometry[2])]),
+                    shape3([_whole(n) for n in _vector(geometry[2])]),
                 )
-        except (ValueError, TypeError, AttributeError, GeometryError) as error:
+        except (ValueError, OverflowError, GeometryError) as error:
             raise ConfigError(f"{path}: line {line}: {error}; vectors are written [z;y;x]") from error
-        label = (entry["class_label"] or "").strip()
+        label = entry["class_label"].strip()
         for each in [label] if label else all_labels:
-            row = ManifestRow(crop, (entry.get("dataset") or "").strip(), each, lattice)
+            row = ManifestRow(crop, entry.get("dataset", "").strip(), each, lattice)
             if rows.setdefault((row.crop, each), row) != row:
                 raise ConfigError(f"{path}: line {line}: {row.crop}/{each} is listed twice with different geometry")
     return [rows[key] for key in sorted(rows)]
@@ -65,18 +67,28 @@ def crop_name(name: str) -> str:
 
 def crops_without_geometry(path: str | os.PathLike[str]) -> set[str]:
     """Return the crops that a row of the manifest names without geometry. Raises ConfigError as `read_manifest`."""
-    return {_crop(entry) for entry in _entries(path) if not any(_geometry(entry))}
+    return {_crop(entry) for _, entry in _entries(path) if not any(_geometry(entry))}
 
 
-def _entries(path: str | os.PathLike[str]) -> list[dict[str, str]]:
+def _entries(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, str]]]:
+    """Return the rows as {column: text}, each with the number of its line; lines without any text are passed over."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
-            table = list(csv.DictReader(stream))
+            reader = csv.reader(stream)
+            table = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except OSError as error:
         raise ConfigError(f"{path}: the manifest cannot be read ({error})") from error
-    if not table or any(name not in table[0] for name in COLUMNS):
-        raise ConfigError(f"{path}: is not a manifest of crops; its columns must include {', '.join(COLUMNS)}")
-    return table
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path}: is no table of text in UTF-8 ({error}); give test_crop_manifest.csv") from error
+    header = [name.strip() for name in table[0][1]] if table else []
+    if any(name not in header for name in COLUMNS):
+        begins = f"it begins with {','.join(header)[:60]!r}" if table else "it is empty"
+        wanted = f"its columns must include {', '.join(COLUMNS)}, with commas between them"
+        raise ConfigError(f"{path}: is not a manifest of crops; {wanted}; {begins}")
+    if len(table) == 1:
+        raise ConfigError(f"{path}: the manifest has no rows, its columns alone; give test_crop_manifest.csv")
+    empty = dict.fromkeys(header, "")
+    return [(line, {**empty, **dict(zip(header, row, strict=False))}) for line, row in table[1:]]
 
 
 def _crop(entry: Mapping[str, str]) -> str:
@@ -84,7 +96,13 @@ def _crop(entry: Mapping[str, str]) -> str:
 
 
 def _geometry(entry: Mapping[str, str]) -> list[str]:
-    return [(entry[column] or "").strip() for column in GEOMETRY]
+    return [entry[column].strip() for column in GEOMETRY]
+
+
+def _whole(number: float) -> int:
+    if number != int(number):
+        raise ValueError(f"shape {number} is not a whole number of voxels")
+    return int(number)
 
 
 def _vector(text: str) -> list[float]:

@@ -50,7 +50,7 @@ def score_submission(
     what is available; a label that needs more is scored alone, slab by slab. progress: called with (labels done,
     labels in all).
     Further keys: records {crop: {label: record}}, failed ["crop/label: cause"], submitted_only (aggregate without
-    missing labels), rules, provisional, note, digests, warnings (lines about the truth); clean (the public result of
+    missing labels), rules, provisional, note, digests, warnings (lines); clean (the public result of
     the rules `clean`), differs ["crop/label"] where these count otherwise, and their clean_records, so that
     `clean` can be recomputed too (`clean_of`). A label that cannot be scored is reported and left out; the others
     count. Raises DataError if submission or truth cannot be opened or share no crop.
@@ -68,7 +68,7 @@ def score_submission(
     ]
     if not tasks:
         raise DataError(f"{truth}: holds no arrays crop{{N}}/{{label}} of zarr v2{_instead(truths)}")
-    warnings = _warnings(truths)
+    warnings = [*_warnings(truths), *_overlooked(answers, names, tasks)]
     for line in warnings:
         logger.warning("%s", line)
     costs = [min(budget, task_bytes(truths, answers, task)) for task in tasks]
@@ -169,6 +169,21 @@ def _warnings(truths: Container) -> list[str]:
                     )
             except DataError:
                 pass  # the label's record says so
+    return lines
+
+
+def _overlooked(answers: Container, names: Mapping[str, str], tasks: Sequence["LabelTask"]) -> list[str]:
+    """Return what in the submission is no array, as the evaluator needs it, though it has the name of a label."""
+    lines = []
+    arrays = {crop: set(answers.labels(folder)) for crop, folder in names.items()}
+    for task in tasks:
+        if task.crop not in names or task.label in arrays[task.crop]:
+            continue
+        name = f"{names[task.crop]}/{task.label}"
+        if inner := answers.children(name):
+            what = "is zarr v3" if "zarr.json" in inner else f"is a group ({', '.join(inner[:3])})"
+            remedy = "write a plain array of zarr v2 (cellmap-pipe pack takes groups)"
+            lines.append(f"{answers.path}: {name} {what}, and counts as missing; {remedy}")
     return lines
 
 

@@ -14,25 +14,27 @@ from typing import Any
 import numcodecs
 import numpy as np
 
-from cellmap_pipe.classes import CLASSES, derivable, parts_of
-from cellmap_pipe.errors import ContractError, DataError, GeometryError
+from cellmap_pipe.classes import CLASSES, missing_atoms, parts_of
+from cellmap_pipe.errors import ConfigError, ContractError, DataError, GeometryError
 from cellmap_pipe.evaluation.alignment import align, is_instance
 from cellmap_pipe.evaluation.components import Components
 from cellmap_pipe.evaluation.container import ChunkedArray, Container, Segmentations, open_container, segmented
-from cellmap_pipe.evaluation.flight import LARGEST_ID, Problem, as_json, check, scan, validate
-from cellmap_pipe.evaluation.forecast import Forecast, forecast, presence, read_validation
+from cellmap_pipe.evaluation.flight import check
+from cellmap_pipe.evaluation.flight_content import LARGEST_ID, check_wrapped, scan
+from cellmap_pipe.evaluation.forecast import read_validation
 from cellmap_pipe.evaluation.manifest import ManifestRow, crop_name, crops_without_geometry, read_manifest
+from cellmap_pipe.evaluation.problem import Problem, lines_of
 from cellmap_pipe.evaluation.rules import PORTAL_NOTE, get_rules
 from cellmap_pipe.files import file_digest, read_json, replacing, write_json
 from cellmap_pipe.geometry import TOLERANCE_NM, Lattice, shape3, vec3
-
-__all__ = ["Problem", "pack", "validate"]
 
 logger = logging.getLogger(__name__)
 
 CHUNK = 128
 # Plain zstd: of several threads, blosc lets the first to finish write first, so its bytes differ from run to run
 CODEC = numcodecs.Zstd(level=3)
+# Groups that are not formed without some of their parts: what is lacking (cytosol, nucleoplasm) is most of them
+WHOLE = ("cell", "nuc")
 EPOCH = (1980, 1, 1, 0, 0, 0)
 # An answer further off the manifest's voxels than that, in voxels, is reported: it is placed at the nearest
 OFF_VOXELS = 0.05
@@ -57,17 +59,20 @@ def pack(
     resolution levels (OME-NGFF), of which the one nearest the manifest's voxels is taken. An array without voxel size
     must have the row's shape. volumes_csv: the rows to answer; an empty class_label stands for `classes` and whatever
     else was predicted. Rows without a prediction are zeros; a row without geometry takes that of its segmented volume,
-    and is left out, as a problem, if there is none. Groups that were not predicted are formed from their parts where
-    these make them up, instance groups as the components of the union.
+    and is left out, as a problem, if there is none. Groups that were not predicted are formed from the parts that
+    were, instance groups as the components of the union; those of segmentations, and `WHOLE` ones, only where no part
+    is lacking.
     Every array is brought to the manifest's voxels once, aligned by its edges (`align` by the rules `clean`). Ids take
     the nearest voxel. Masks and probabilities are resampled linearly with anti-aliasing and compared with 0.5 after
     that, so that a boundary stays where the probabilities put it. Arrays that need no resampling are streamed.
     scores: validation scores (results/scores/{source}/fold*.json), for the forecast.
     The report: problems and warnings (lines), rows, zero_rows (no voxel set), not_predicted, approximate (rows of
-    groups that lack some of their parts: these), forecast (of `forecast`, with source, rules, provisional and note of
-    the scores; None without them), sha256, size, rules, note.
-    Raises ContractError if a segmentation is not what its JSON says, DataError for predictions that cannot be packed.
+    groups that lack some of their parts: these), forecast (`Validation.forecast`; None without scores), sha256, size,
+    rules, note.
+    Raises ContractError if a segmentation is not what its JSON says, DataError for predictions that cannot be packed,
+    ConfigError if what is written would replace or lie in what is read.
     """
+    _check_places(Path(out_zip), Path(report_json), Path(predictions), [Path(p) for p in (volumes_csv, *scores)])
     volumes = _volumes(Path(predictions))
     labels = sorted({*classes, *(label for volume in volumes.values() for label in volume.classes)})
     boxes = _targets(Path(predictions))
@@ -77,6 +82,7 @@ def pack(
         for crop in sorted(crops_without_geometry(volumes_csv) - set(boxes))
     ]
     problems += _unused(volumes, rows)
+    problems += _overlooked(Path(predictions), volumes, rows)
     validation = read_validation(scores) if scores else None
     zero_rows, not_predicted = [], []
     approximate: dict[str, list[str]] = {}
@@ -104,10 +110,10 @@ def pack(
                 not_predicted.append(name)
                 continue
             problems += array.problems
-            if lacking := volume.approximate.get(row.label):
-                approximate[name] = lacking
+            if lacking := array.lacking or volume.approximate.get(row.label):
+                approximate[name] = list(lacking)
         logger.info("%s: %d arrays, %d of them empty", out_zip, len(rows), len(zero_rows))
-    known = presence(validation[0]) if validation else {}
+    known = validation.presence() if validation else {}
     # Rows that are empty are listed; a warning is due where one was predicted and the class is known to be usual
     problems += [
         problem
@@ -115,29 +121,18 @@ def pack(
         if problem.fault != "all empty"
         or (problem.array.rpartition("/")[2] in known and problem.array not in not_predicted)
     ]
-    predicted: Forecast | None = None
-    if validation:
-        records, source, by_rules = validation
-        wanted = {row.label for row in rows}
-        answered = {row.label for row in rows if f"{row.crop}/{row.label}" not in zero_rows}
-        version = get_rules(by_rules)
-        predicted = {
-            **forecast(records, wanted, wanted - answered),
-            "source": source,
-            "rules": by_rules,
-            "provisional": version.provisional,
-            "note": version.note,
-        }
+    wanted = {row.label for row in rows}
+    answered = {row.label for row in rows if f"{row.crop}/{row.label}" not in zero_rows}
     write_json(
         report_json,
         {
-            "problems": as_json(problems, "error"),
-            "warnings": as_json(problems, "warning"),
+            "problems": lines_of(problems, "error"),
+            "warnings": lines_of(problems, "warning"),
             "rows": len(rows),
             "zero_rows": zero_rows,
             "not_predicted": not_predicted,
             "approximate": approximate,
-            "forecast": predicted,
+            "forecast": validation.forecast(wanted, wanted - answered) if validation else None,
             "sha256": file_digest(out_zip),
             "size": Path(out_zip).stat().st_size,
             "rules": rules,
@@ -163,7 +158,9 @@ class _Volume:
         image = self.container.image(self.crop, label, row.lattice.voxel_nm)
         if image is None:
             where = f"{self.container.path}/{self.crop}".rstrip("/")
-            raise ContractError(f"{where}/{label}: missing; run again with -R segment")
+            if isinstance(self.container, Segmentations):
+                raise ContractError(f"{where}/{label}: missing; run again with -R segment")
+            raise DataError(f"{where}/{label}: is not there any more; write it again")
         return image
 
 
@@ -179,7 +176,8 @@ def _volumes(path: Path) -> dict[str, _Volume]:
                     raise DataError(f"{path}: {crop} is in it twice, as {volumes[crop].crop} and {folder}; keep one")
                 volumes[crop] = _Volume(container, folder, tuple(classes))
         if not volumes:
-            raise DataError(f"{path}: holds no arrays crop{{N}}/{{label}} of zarr v2; write them so")
+            which = _zarr_v3(container)
+            raise DataError(f"{path}: holds no arrays crop{{N}}/{{label}} of zarr v2{which}; write them so")
         return volumes
     names: dict[str, str] = {}
     for record in segmented(path):
@@ -191,6 +189,29 @@ def _volumes(path: Path) -> dict[str, _Volume]:
         approximate = record.get("approximate", {})
         volumes[crop] = _Volume(container, "", tuple(record["classes"]), record["dataset"], approximate)
     return volumes
+
+
+def _zarr_v3(container: Container) -> str:
+    """Return what is zarr v3 in a container without arrays of zarr v2, to follow a message."""
+    for crop in container.crops():
+        for name in (crop, *(f"{crop}/{label}" for label in container.children(crop))):
+            if container.read(f"{name}/zarr.json") is not None:
+                return f" ({name} is zarr v3: zarr_format=2 is needed)"
+    return ""
+
+
+def _check_places(out_zip: Path, report: Path, predictions: Path, others: Sequence[Path]) -> None:
+    """Raise ConfigError if a file to write is one that is read, or the zip lies in the folder of the predictions.
+
+    A folder that holds a zip stands for the zip: packed again, it would give the old one.
+    """
+    read = {path.resolve() for path in (predictions, *others)}
+    if out_zip.resolve() in read:
+        raise ConfigError(f"{out_zip}: would replace what is read; give another name for the zip file")
+    if report.resolve() in {*read, out_zip.resolve()}:
+        raise ConfigError(f"{report}: the report would replace another file of this command; give another --report")
+    if predictions.is_dir() and predictions.resolve() in out_zip.resolve().parents:
+        raise ConfigError(f"{out_zip}: lies in the folder of the predictions, {predictions}; write it outside of it")
 
 
 def _targets(path: Path) -> dict[str, Lattice]:
@@ -217,13 +238,53 @@ def _unused(volumes: Mapping[str, _Volume], rows: Sequence[ManifestRow]) -> list
     ]
 
 
+def _overlooked(path: Path, volumes: Mapping[str, _Volume], rows: Sequence[ManifestRow]) -> list[Problem]:
+    """Return crops without a prediction, and what lies where a row's prediction is looked for without being one.
+
+    Raises DataError if no crop of the rows is among the predictions: nothing but zeros would be packed.
+    """
+    if path.suffix == ".json":
+        return []
+    container = open_container(path)
+    folders = {crop_name(folder): folder for folder in container.crops()}
+    crops = sorted({row.crop for row in rows})
+    if rows and not any(crop in folders for crop in crops):
+        names = ", ".join(sorted(folders.values())[:6])
+        raise DataError(f"{path}: none of its folders ({names}) is a crop of the manifest; name them crop{{N}}")
+    detail, remedy = "there is no folder of it: all its rows are zeros", "predict it, if it is to score"
+    problems = [Problem(crop, "crop not predicted", detail, remedy, "warning") for crop in crops if crop not in folders]
+    for crop in sorted(set(crops) & set(volumes)):
+        unknown = "no class of the challenge; left out"
+        problems += [
+            Problem(f"{volumes[crop].crop}/{name}", "extra label", unknown, "rename it, if it is one", "warning")
+            for name in volumes[crop].classes
+            if name not in CLASSES and name not in {row.label for row in rows}
+        ]
+    for row in rows:
+        if row.crop not in folders or (row.crop in volumes and row.label in volumes[row.crop].classes):
+            continue
+        name = f"{folders[row.crop]}/{row.label}"
+        inner = container.children(name)
+        if "zarr.json" in inner:
+            detail = f"{name}/zarr.json is zarr v3, and is not packed"
+            problems.append(Problem(name, "not zarr v2", detail, "write it with zarr_format=2"))
+        elif inner:
+            detail = f"it holds {', '.join(inner[:4])}, but no array of zarr v2, and is not packed"
+            problems.append(Problem(name, "unreadable array", detail, "write a plain array"))
+    return problems
+
+
 @dataclass(frozen=True)
 class _Source:
-    """An array on the manifest's voxels. layers: yields CHUNK planes at a time, in order; dtype: what to store."""
+    """An array on the manifest's voxels. layers: yields CHUNK planes at a time, in order; dtype: what to store.
+
+    lacking: classes that a group formed from its parts is without.
+    """
 
     layers: Layers
     dtype: np.dtype[Any]
     problems: Sequence[Problem] = ()
+    lacking: Sequence[str] = ()
 
 
 def _source(volume: _Volume | None, row: ManifestRow) -> _Source | None:
@@ -242,9 +303,13 @@ def _source(volume: _Volume | None, row: ManifestRow) -> _Source | None:
         if instance:
             return _Source(lambda: _layers(array), dtype, problems)
         return _Source(lambda: (layer > 0 for layer in _layers(array)), dtype, problems)
-    if row.label not in CLASSES or not derivable(row.label, volume.classes):
+    predicted = [name for name in volume.classes if name in CLASSES]
+    names = parts_of(row.label, predicted) if row.label in CLASSES else []
+    lacking = missing_atoms(row.label, names) if names else []
+    # Of our own segmentations the configuration says which groups are formed without some of their parts
+    if not names or (lacking and (row.label in WHOLE or isinstance(volume.container, Segmentations))):
         return None
-    parts = [_on_target(volume.image(part, row), row) for part in parts_of(row.label, volume.classes)]
+    parts = [_on_target(volume.image(part, row), row) for part in names]
     problems = [problem for _, of_part in parts for problem in of_part]
 
     def union() -> Iterator[np.ndarray]:
@@ -252,7 +317,7 @@ def _source(volume: _Volume | None, row: ManifestRow) -> _Source | None:
             yield np.logical_or.reduce([layer > 0 for layer in layers])
 
     if not instance:
-        return _Source(union, np.dtype(np.uint8), problems)
+        return _Source(union, np.dtype(np.uint8), problems, lacking)
     # Labelled twice, once to learn which labels belong together: so no label of the volume is kept
     components = Components()
     for layer in union():
@@ -265,7 +330,7 @@ def _source(volume: _Volume | None, row: ManifestRow) -> _Source | None:
         for layer in union():
             yield numbers[again.add(layer)]
 
-    return _Source(objects, numbers.dtype, problems)
+    return _Source(objects, numbers.dtype, problems, lacking)
 
 
 def _layers(array: Any) -> Iterator[np.ndarray]:
@@ -302,11 +367,7 @@ def _checked(array: ChunkedArray, row: ManifestRow) -> tuple[np.dtype[Any], list
         raise DataError(f"{array.name}: negative ids (smallest {content.smallest}); 0 is background, ids are positive")
     if content.largest > LARGEST_ID:
         raise DataError(f"{array.name}: ids above 2^32 (largest {content.largest}); number the objects from 1")
-    problems = []
-    if array.dtype.itemsize == 1 and array.dtype != bool and content.largest == np.iinfo(array.dtype).max:
-        detail = f"ids reach {content.largest} in {array.dtype}: larger ones have wrapped, lost or merged"
-        problems.append(Problem(name, "dtype that wraps ids", detail, "write uint16 or uint32"))
-    return _id_dtype(int(content.largest)), problems
+    return _id_dtype(int(content.largest)), check_wrapped(name, array, content)
 
 
 def _on_target(array: ChunkedArray, row: ManifestRow) -> tuple[Any, list[Problem]]:

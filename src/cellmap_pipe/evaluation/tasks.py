@@ -13,8 +13,6 @@ import numpy as np
 from cellmap_pipe.errors import DataError
 from cellmap_pipe.evaluation.inputs import LAYER_BYTES, SLAB_VOXELS
 
-# Per voxel of a prediction that is resampled (measured, with a margin)
-RESAMPLE_BYTES = 16
 # What a process takes besides (measured: decoders, numpy's temporaries)
 WORKING_BYTES = 60_000_000
 
@@ -107,7 +105,7 @@ def semantic_bytes(*arrays: Any) -> int:
 
 def budget_bytes(memory_gb: float | None) -> int:
     """Return the memory that all tasks may take together: 80 % of what is available unless it is given (in GB)."""
-    return int(memory_gb * 1e9 if memory_gb is not None else 0.8 * _available_bytes())
+    return int(memory_gb * 1e9 if memory_gb is not None else 0.8 * available_bytes())
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
@@ -121,7 +119,7 @@ def _lost(task: Task, lost: Callable[[Task], Result] | None, error: Exception) -
     return lost(task)
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
     """Return the memory that new processes may use: the machine's, or less where a control group sets a limit."""
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:

@@ -14,7 +14,7 @@ import numcodecs
 import numpy as np
 import zarr
 
-from cellmap_pipe.classes import CLASSES, get_class, parts_of
+from cellmap_pipe.classes import get_class, missing_atoms, parts_of
 from cellmap_pipe.config import RESULT_VERSIONS
 from cellmap_pipe.errors import CellmapError, ContractError
 from cellmap_pipe.evaluation.container import MASK_ARRAY
@@ -329,12 +329,6 @@ def outputs_of(classes: Sequence[str], derive: Sequence[str]) -> tuple[dict[str,
         else:
             impossible[group] = "none of the predicted classes lies inside it"
     return parts, impossible
-
-
-def missing_atoms(group: str, parts: Sequence[str]) -> list[str]:
-    """Return the atoms of `group` that are in none of `parts`."""
-    lacking = get_class(group).atoms.difference(*(get_class(name).atoms for name in parts))
-    return [name for name, entry in CLASSES.items() if entry.is_atom and entry.id in lacking]
 
 
 class Masks:

@@ -6,8 +6,8 @@ from typing import Any
 from cellmap_pipe.classes import CLASSES
 from cellmap_pipe.colours import colour_of
 from cellmap_pipe.evaluation.container import open_container
-from cellmap_pipe.evaluation.forecast import forecast, presence, read_validation
-from cellmap_pipe.evaluation.rules import CLEAN, get_rules
+from cellmap_pipe.evaluation.forecast import read_validation
+from cellmap_pipe.evaluation.rules import CLEAN
 from cellmap_pipe.files import read_json, write_json
 from cellmap_pipe.report.pages import Bar, Cell, Column, Content, heading, paragraph, table
 from cellmap_pipe.report.tables import Path, in_order
@@ -21,7 +21,7 @@ CLASS_COLUMNS: tuple[Column, ...] = (
     Column("forecast", ".3f", "score on the validation crops; 0 where the submission or the crops have nothing"),
     Column("low", ".3f", "lower end of its 95 % interval (bootstrap over crops)"),
     Column("high", ".3f", "upper end of that interval"),
-    Column("interval", ".3f", "bar: the forecast; line: its interval; from 0 to 1"),
+    Column("from 0 to 1", ".3f", "bar: the forecast; line: its interval"),
     Column("clean", ".3f", "the same by the rules 'clean', without the official evaluator's artefacts"),
     Column("note", hint="why a class counts 0"),
 )
@@ -33,33 +33,17 @@ def write_forecast(score_jsons: Sequence[Path], archive: Path, report_json: Path
     """Write the score that the packed submission can expect, by the validation scores of what it was made of.
 
     score_jsons: `scores/{source}/fold*.json` of one source. archive, report_json: the submission and its flight check.
-    Keys: those of `evaluation.forecast`, over all classes of the archive; unanswered are those without a voxel in it;
-    clean (the same by the rules `clean`), presence {class: [crops with some of it, crops that annotate it]}, source,
-    rules, provisional and note.
+    Keys: those of `Validation.forecast`, over all classes of the archive; unanswered are those without a voxel in it;
+    and presence {class: [crops with some of it, crops that annotate it]}.
     Raises ConfigError for scores of several sources or rules, ContractError for a file that is damaged.
     """
-    records, source, rules = read_validation([str(path) for path in score_jsons])
-    by_clean = {
-        (record["crop"], record["label"]): record
-        for path in score_jsons
-        for record in read_json(path, "run `snakemake -R evaluate`")["clean_records"]
-    }
-    clean = [by_clean.get((record["crop"], record["label"]), record) for record in records]
+    validation = read_validation(score_jsons)
     container = open_container(archive)
     rows = [(crop, label) for crop in container.crops() for label in container.labels(crop)]
     empty = set(read_json(report_json, "run `snakemake -R submission`")["zero_rows"])
     labels = {label for _, label in rows}
     unanswered = labels - {label for crop, label in rows if f"{crop}/{label}" not in empty}
-    content = {
-        **forecast(records, labels, unanswered),
-        CLEAN: forecast(clean, labels, unanswered),
-        "presence": presence(records),
-        "source": source,
-        "rules": rules,
-        "provisional": get_rules(rules).provisional,
-        "note": get_rules(rules).note,
-    }
-    write_json(out_json, content)
+    write_json(out_json, {**validation.forecast(labels, unanswered), "presence": validation.presence()})
 
 
 def forecast_section(content: Mapping[str, Any]) -> list[str]:
@@ -79,16 +63,16 @@ def forecast_section(content: Mapping[str, Any]) -> list[str]:
         heading("Forecast"),
         paragraph(
             f"What the validation crops let one expect, by the scores of {content['source']} on {content['crops']} "
-            f"crops: {content['score']:.3f}, between {content['low']:.3f} and {content['high']:.3f} in 95 % of "
-            "drawings of as many crops. Every class of the volumes' table counts, as in the challenge. The interval "
-            "says how far the score moves with the choice of crops, not how far the test crops differ from validation "
-            "crops as a kind."
+            f"crops: {content['score']:.3f} by the rules {rules_name(content['rules'])}, between {content['low']:.3f} "
+            f"and {content['high']:.3f} in 95 % of drawings of as many crops. Every class of the volumes' table "
+            "counts, as in the challenge. The interval says how far the score moves with the choice of crops, not how "
+            "far the test crops differ from validation crops as a kind. Bars show the forecast, lines its interval."
         ),
         *(paragraph(text) for text in silent),
         table(
             [
                 Column("rules"),
-                *(Column(name, ".3f") for name in ("forecast", "low", "high", "interval", "instance", "semantic")),
+                *(Column(name, ".3f") for name in ("forecast", "low", "high", "from 0 to 1", "instance", "semantic")),
             ],
             [_overall(rules, part) for rules, part in by_rules.items()],
             strong=[0],

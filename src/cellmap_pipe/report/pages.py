@@ -20,8 +20,7 @@ th { position: sticky; top: 0; background: #f3f3f3; cursor: pointer; border-bott
 th:focus-visible { outline: 2px solid #0072B2; }
 th[aria-sort=ascending]::after { content: " \\25B2"; } th[aria-sort=descending]::after { content: " \\25BC"; }
 td.number, th.number { text-align: right; }
-td.long { white-space: normal; min-width: 20rem; }
-@media (max-width: 45rem) { td.long { min-width: 12rem; } }
+td.long { white-space: normal; min-width: 20rem; overflow-wrap: anywhere; }
 tr.strong td { font-weight: 600; background: #f7fafc; }
 tfoot td { border-top: 2px solid #888; }
 tbody tr:hover td { background: #fdf6e3; }
@@ -33,6 +32,8 @@ summary:focus-visible { outline: 2px solid #0072B2; }
 .bar { display: block; position: relative; width: 14rem; height: 1em; background: #eee; }
 .bar i { position: absolute; top: .1em; bottom: .1em; left: 0; background: #9ccbe6; }
 .bar b { position: absolute; top: .42em; height: .16em; min-width: 2px; background: #1b1b1b; }
+@media (max-width: 45rem) { body { margin: .7rem; } th, td { padding: .22rem .35rem; } td.long { min-width: 12rem; }
+  #facts td { white-space: normal; } .bar { width: 7rem; } }
 """
 
 _SCRIPT = """

@@ -12,6 +12,9 @@ from cellmap_pipe.report.pages import Cell, Column, Content, folded, heading, pa
 from cellmap_pipe.report.tables import Path, counted, differing_columns, differing_rows, in_order
 from cellmap_pipe.report.versions import rules_name, rules_sentences
 
+# A list of more rows is folded
+SHOWN_ROWS = 20
+
 
 def _truth_section(content: Mapping[str, Any]) -> list[str]:
     """Return the scores of a submission against known truth (`evaluation.official.score_submission`) as parts."""
@@ -93,6 +96,13 @@ def _empty(label: str, presence: Mapping[str, Sequence[int]]) -> str:
     return f"predicted, and empty; {n} of {of} validation crops have some of it"
 
 
+def _listed(title: str, note: str, columns: Sequence[str], rows: Sequence[Sequence[Content]], name: str) -> list[str]:
+    """Return a list under its heading and a note on it, as parts of a page; a long one shows when it is clicked."""
+    whole = table([Column(column) for column in columns], rows, name=name)
+    shown = whole if len(rows) <= SHOWN_ROWS else folded(counted(len(rows), columns[0]), [whole])
+    return [heading(title), *([paragraph(note)] if note else []), shown]
+
+
 def write_submission(
     report_json: Path, forecast_jsons: Sequence[Path], score_jsons: Sequence[Path], out_html: Path
 ) -> None:
@@ -129,31 +139,26 @@ def write_submission(
     for content in scores:
         parts += _truth_section(content)
     if report["warnings"]:
-        rows = [[line] for line in report["warnings"]]
-        parts += [heading("Warnings"), table([Column("warning")], rows, name="warnings")]
+        parts += _listed("Warnings", "", ["warning"], [[line] for line in report["warnings"]], "warnings")
     if report["approximate"]:
-        parts += [
-            heading("Groups without some of their parts"),
-            paragraph("Formed from the classes that were predicted; voxels of the missing ones are not in them."),
-            table(
-                [Column("array"), Column("missing")],
-                [[name, ", ".join(missing)] for name, missing in report["approximate"].items()],
-                name="approximate",
-            ),
-        ]
+        parts += _listed(
+            "Groups without some of their parts",
+            "Formed from the classes that were predicted; voxels of the missing ones are not in them.",
+            ["array", "missing"],
+            [[name, ", ".join(missing)] for name, missing in report["approximate"].items()],
+            "approximate",
+        )
     if report["zero_rows"]:
         unanswered = set(report["not_predicted"])
         known = {name: counts for each in forecasts for name, counts in each["presence"].items()}
-        parts += [
-            heading("Arrays without any voxel set"),
-            paragraph("The challenge counts a missing array more harshly than an empty one, so every row is answered."),
-            table(
-                [Column("array"), Column("why")],
-                [
-                    [name, "no model answers it" if name in unanswered else _empty(name.rpartition("/")[2], known)]
-                    for name in report["zero_rows"]
-                ],
-                name="zeros",
-            ),
-        ]
+        parts += _listed(
+            "Arrays without any voxel set",
+            "The challenge counts a missing array more harshly than an empty one, so every row is answered.",
+            ["array", "why"],
+            [
+                [name, "no model answers it" if name in unanswered else _empty(name.rpartition("/")[2], known)]
+                for name in report["zero_rows"]
+            ],
+            "zeros",
+        )
     write_text(out_html, page("Submission", parts))

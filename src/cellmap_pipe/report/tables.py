@@ -257,18 +257,6 @@ def _scores_page(scores: Sequence[Scores], rows: Sequence[ScoreRow], learned: Co
             strong=[overall.index(best)] if best else [],
             name="overall",
         ),
-        heading("Per class"),
-        table(
-            class_columns,
-            [
-                [
-                    Cell(row[column.name], colour_of(str(row["class"]))) if column.name == "class" else row[column.name]
-                    for column in class_columns
-                ]
-                for row in by_class
-            ],
-            name="classes",
-        ),
     ]
     failed = [[f"{entry.source}, fold {entry.fold}", line] for entry in scores for line in entry.content["failed"]]
     if failed:
@@ -297,6 +285,20 @@ def _scores_page(scores: Sequence[Scores], rows: Sequence[ScoreRow], learned: Co
                 ],
             ),
         ]
+    parts += [
+        heading("Per class"),
+        table(
+            class_columns,
+            [
+                [
+                    Cell(row[column.name], colour_of(str(row["class"]))) if column.name == "class" else row[column.name]
+                    for column in class_columns
+                ]
+                for row in by_class
+            ],
+            name="classes",
+        ),
+    ]
     return page("Scores", parts)
 
 
