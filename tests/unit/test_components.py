@@ -43,6 +43,20 @@ def test_components_of_slabs_are_numbered_as_those_of_the_whole(seed, shape, dty
     np.testing.assert_array_equal(numbers, expected)
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.tuples(*[st.integers(1, 7)] * 3), st.sampled_from([0.05, 0.3, 0.7, 1.0]))
+def test_there_are_never_fewer_components_than_were_said_to_be_at_least(seed, shape, density):
+    rng = np.random.default_rng(seed)
+    values = (rng.integers(1, 3, shape) * (rng.random(shape) < density)).astype(np.uint8)
+    components, least = Components(), [0]
+    for plane in values:
+        components.add(plane[None])
+        least.append(components.least())
+    assert max(least) <= components.join()[1]
+    components.skip()
+    assert components.least() == components.join()[1]
+
+
 @pytest.mark.parametrize("dtype", [np.bool_, np.uint16, np.float32])
 def test_read_only_memory_is_labelled_like_any_other(dtype):
     values = np.frombuffer(np.ones((2, 3, 3), dtype).tobytes(), dtype).reshape(2, 3, 3)
@@ -55,6 +69,17 @@ def test_equal_values_touch_across_the_plane_between_slabs_at_a_corner_only_too(
     assert joined(values, [1])[1] == 1
     values[1, 1, 1] = 501
     assert joined(values, [1])[1] == 2
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.dtype(">f4")])
+@pytest.mark.parametrize("shape", [(6, 1, 1), (1, 6, 1), (1, 1, 6), (3, 3, 6)])
+def test_fractional_values_are_labelled_as_whole_ones(dtype, shape):
+    values = np.zeros(shape, dtype)
+    values.reshape(-1)[:6] = [0.25, 0.25, -0.0, 0.5, 0.5, 0.75]
+    numbers, n = joined(values, [])
+    assert n == 3
+    assert numbers.reshape(-1)[:6].tolist() == [1, 1, 0, 2, 2, 3]
+    assert joined(values, list(range(1, shape[0])))[1] == 3
 
 
 def test_nothing_touches_across_skipped_planes():

@@ -10,7 +10,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from cellmap_pipe.errors import ConfigError, DataError
-from cellmap_pipe.evaluation import hausdorff, inputs, matching, score_instance
+from cellmap_pipe.evaluation import hausdorff, inputs, instance, matching, overlap, score_instance
 from cellmap_pipe.evaluation.instance import instance_bytes, score_instance_by, unanswered
 from cellmap_pipe.evaluation.overlap import find_runs, surface_of, voxels_of
 from cellmap_pipe.evaluation.rules import RULES
@@ -158,11 +158,60 @@ def test_an_unanswered_crop_scores_as_one_that_is_answered_with_background(rules
     assert unanswered(n_truth, truth.shape, (8, 4, 2), rules) == expected
 
 
-def test_mask_multiplies_both():
+@pytest.mark.parametrize(("dtype", "value"), [("?", 1), ("u1", 1), ("u1", 2), ("u1", 255), ("i2", 3)])
+@pytest.mark.parametrize("seed", range(4))
+def test_mask_multiplies_both(dtype, value, seed):
+    """Ids too, which move collisions and the ratio rule, and wrap around in small types."""
+    rng = np.random.default_rng(seed)
+    shape = (8, 8, 8)
+    truth, pred = (boxes(rng, shape, 4, [1, 2, 3]).astype(np.uint8) for _ in range(2))
+    pred[rng.random(shape) < 0.08] = 2
+    mask = ((rng.random(shape) > 0.2) * value).astype(dtype)
+    assert score_instance(pred, truth, (4, 4, 4), mask) == score_instance(pred * mask, truth * mask, (4, 4, 4))
+
+
+@pytest.mark.parametrize("value", [0.5, 1.0, 2.0])
+def test_a_mask_of_floats_keeps_ids_where_it_is_above_zero(value):
     rng = np.random.default_rng(1)
     truth, pred = boxes(rng, (8, 8, 8), 4, [1, 2, 3]), boxes(rng, (8, 8, 8), 4, [1, 2, 3])
-    mask = (rng.random((8, 8, 8)) > 0.2).astype(np.uint8)
-    assert score_instance(pred, truth, (4, 4, 4), mask) == score_instance(pred * mask, truth * mask, (4, 4, 4))
+    mask = (rng.random((8, 8, 8)) > 0.2) * value
+    assert score_instance(pred, truth, (4, 4, 4), mask) == score_instance(pred, truth, (4, 4, 4), mask > 0)
+
+
+class Counted:
+    """Planes of an array, and how many of them were read."""
+
+    def __init__(self, values):
+        self.values, self.shape, self.dtype, self.planes = values, values.shape, values.dtype, 0
+
+    def __getitem__(self, part):
+        self.planes += len(self.values[part])
+        return self.values[part]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("ids", [[], [1], [1, 2, 3], [1, 60_000]])
+def test_noise_is_scored_alike_whether_or_not_it_is_read_to_the_end(ids, masked, monkeypatch):
+    rng = np.random.default_rng(len(ids))
+    pred = rng.random((40, 9, 11), dtype=np.float32)
+    truth = boxes(rng, pred.shape, 6, ids) if ids else np.zeros(pred.shape, np.uint16)
+    mask = (rng.random(pred.shape) > 0.2).astype(np.uint8) if masked else None
+    expected = score_instance_by(pred, truth, (4, 4, 4), mask, tuple(RULES))
+    monkeypatch.setattr(inputs, "SLAB_VOXELS", 200)
+    monkeypatch.setattr(overlap, "MANY_RUNS", 100)
+    counted = Counted(pred)
+    assert score_instance_by(counted, truth, (4, 4, 4), mask, tuple(RULES)) == expected
+    refused = expected["clean"]["status"] != "scored"
+    assert refused == (ids in ([1], [1, 2, 3]))
+    assert (counted.planes < len(pred)) == refused
+
+
+def test_noise_that_does_not_fit_into_memory_is_refused_before_it_fills_it(monkeypatch):
+    monkeypatch.setattr(overlap, "MANY_RUNS", 100)
+    monkeypatch.setattr(instance, "available_bytes", lambda: 1000)
+    truth = np.full((9, 9, 9), 5000, np.uint16)
+    with pytest.raises(MemoryError, match="runs along x"):
+        score_instance(np.random.default_rng(0).random(truth.shape), truth, (4, 4, 4))
 
 
 def test_a_perfect_answer_scores_one_per_object():

@@ -42,6 +42,14 @@ def test_slabs_add_up_and_zarr_is_streamed(tmp_path, monkeypatch):
     assert score_semantic(*arrays) == expected
 
 
+@pytest.mark.parametrize(("dtype", "value"), [("?", 1), ("u1", 2), ("u1", 255), ("i2", 300), ("f4", 0.5)])
+def test_mask_multiplies_both_and_wraps_around_as_they_do(dtype, value):
+    rng = np.random.default_rng(0)
+    pred, truth = (rng.choice([0, 1, 128], (4, 5, 6)).astype(np.uint8) for _ in range(2))
+    mask = ((rng.random(pred.shape) > 0.2) * value).astype(dtype)
+    assert score_semantic(pred, truth, mask) == reference.semantic_record(pred * mask, truth * mask)
+
+
 def test_any_value_above_zero_counts_as_foreground():
     pred = np.full((2, 2, 2), 0.01, np.float32)
     assert score_semantic(pred, np.ones((2, 2, 2), bool))["tp"] == 8

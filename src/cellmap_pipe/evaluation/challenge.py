@@ -4,10 +4,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from cellmap_pipe.evaluation.alignment import is_instance
-from cellmap_pipe.evaluation.inputs import as_array, check_truth, slabs
+from cellmap_pipe.evaluation.inputs import as_array, object_ids
 
 Record = dict[str, Any]
 Records = Mapping[str, Mapping[str, Mapping[str, Any]]] | Iterable[Mapping[str, Any]]
@@ -23,12 +21,7 @@ def missing_label(truth: Any, label: str) -> Record:
     voxels = int(math.prod(truth.shape))
     if not is_instance(label):
         return {"tp": 0, "fp": 0, "fn": voxels, "status": "missing", "is_missing": True, "num_voxels": voxels}
-    ids: set[int] = set()
-    for part in slabs(truth.shape):
-        values = np.asarray(truth[part])
-        check_truth(values)
-        ids.update(np.unique(values).tolist())
-    n = len(ids - {0})
+    n = len(object_ids(truth))
     return {
         "tp": 0,
         "fp": 0,

@@ -64,6 +64,34 @@ def check_pred(pred: np.ndarray) -> None:
         raise DataError(f"prediction has ids above 2^32 (largest {int(pred.max())}); renumber its objects")
 
 
+def masked(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return values * mask, as the evaluator multiplies prediction and truth (CHALLENGE section 4.2, step 6).
+
+    A mask of integers above 1 multiplies ids as well, and small types wrap around as numpy's do. Whole numbers stay
+    such: where the product would be of floats, values are kept where the mask is above 0.
+    """
+    dtype = np.result_type(values, mask)
+    if mask.dtype.kind not in "bui" or (dtype.kind == "f" and values.dtype.kind != "f"):
+        return values * (mask > 0)
+    if int(mask.max()) > 1 or int(mask.min()) < 0:
+        return values * mask
+    return (values * (mask > 0)).astype(dtype, copy=False)
+
+
+def object_ids(truth: Any, mask: Any = None, memory: float = math.inf) -> np.ndarray:
+    """Return the ascending ids above 0 of a truth array (z, y, x), multiplied by the mask; read as by `read_slabs`.
+
+    Raises DataError for values that are no ids.
+    """
+    found = [np.zeros(0, np.uint8)]
+    for t, m in read_slabs((truth, mask), memory):
+        assert t is not None
+        check_truth(t)
+        found.append(np.unique(t if m is None else masked(t, m)))
+    ids = np.unique(np.concatenate(found))
+    return ids[ids > 0]
+
+
 def slabs(shape: Sequence[int], chunk_z: int = 1) -> Iterator[slice]:
     """Yield slices along z that cover `shape` (z, y, x): whole chunks, about SLAB_VOXELS each, at least one chunk."""
     thickness = max(1, SLAB_VOXELS // max(1, shape[1] * shape[2]) // chunk_z) * chunk_z
@@ -80,7 +108,7 @@ def read_slabs(arrays: Sequence[Any], memory: float = math.inf) -> Iterator[tupl
     """
     shape = next(array.shape for array in arrays if array is not None)
     readers = [None if array is None else _Planes(array, min(LAYER_BYTES, memory / 4)) for array in arrays]
-    plane = shape[1] * shape[2]
+    plane = max(1, shape[1] * shape[2])
     thickness = max(1, int(min(SLAB_VOXELS, memory / 2 / SLAB_BYTES)) // plane)
     for first in range(0, shape[0], thickness):
         last = min(first + thickness, shape[0])

@@ -1,12 +1,14 @@
 """Counts and Hausdorff scores of one instance label (CHALLENGE section 4.3)."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from cellmap_pipe.errors import DataError
+from cellmap_pipe.evaluation.components import Components
 from cellmap_pipe.evaluation.hausdorff import HausdorffDistances
 from cellmap_pipe.evaluation.inputs import (
     LAYER_BYTES,
@@ -16,11 +18,14 @@ from cellmap_pipe.evaluation.inputs import (
     check_pred,
     check_shapes,
     check_truth,
+    masked,
+    object_ids,
     read_slabs,
 )
 from cellmap_pipe.evaluation.matching import match
 from cellmap_pipe.evaluation.overlap import count_overlaps, find_objects, find_runs
 from cellmap_pipe.evaluation.rules import Rules, get_rules
+from cellmap_pipe.evaluation.tasks import available_bytes
 
 MAX_EDGES = 5_000_000
 SKIPPED = "skipped_too_many_instances"
@@ -59,7 +64,8 @@ def score_instance_by(
     voxel_size: (z, y, x) in nm. `mask` multiplies both.
     memory_gb: working memory beyond inputs that are numpy arrays, None = as much as is fastest; no result depends on
     it. It does not bound what is kept of the volumes, some RUN_BYTES per run of equal voxels along x (blobs make 0.01
-    to 0.1 runs per voxel of the volume, noise up to one), nor what the input itself needs to give one plane.
+    to 0.1 runs per voxel of the volume, noise up to one), nor what the input itself needs to give one plane. Noise that
+    the rules refuse to match anyway is not kept; of other noise, MemoryError says when it exceeds what is available.
     Raises DataError for arrays that cannot be compared, ConfigError for unknown rules.
     """
     versions = [get_rules(each) for each in rules]
@@ -69,7 +75,21 @@ def score_instance_by(
         raise DataError(f"voxel size {list(voxel_size)} must be three positive numbers (z, y, x) in nm")
     memory = math.inf if memory_gb is None else memory_gb * 1e9
     shape = tuple(int(n) for n in truth.shape)
-    runs = find_runs(_checked_slabs(pred, truth, mask, memory), shape)
+    ids = cache(lambda: object_ids(truth, mask, memory))
+
+    def watch(n_runs: int, least_components: int) -> None:
+        if not len(ids()) or too_many_instances(least_components, int(ids()[-1])):
+            raise _SettledError
+        if RUN_BYTES * n_runs > available_bytes():
+            raise MemoryError(f"prediction and truth have {n_runs:,} runs along x so far, as noise has")
+
+    try:
+        runs = find_runs(_checked_slabs(pred, truth, mask, memory), shape, watch)
+    except _SettledError:
+        if len(ids()):
+            return {each.name: skipped_record(len(ids()), each) for each in versions}
+        n_pred = _count_components(_checked_slabs(pred, truth, mask, memory))
+        return {each.name: _record(0, n_pred, 0, {}, _cap(shape, voxel_size), voxel_size, each) for each in versions}
     truths, preds = find_objects(runs, runs.truth), find_objects(runs, runs.pred)
     n_truth, n_pred = len(truths.ids), runs.n_pred
     rows = columns = np.zeros(0, np.int64)
@@ -128,26 +148,37 @@ def _record(
 ) -> dict[str, Any]:
     """Return the raw record; distances: in nm, of the truth objects that any component answers."""
     unmatched = cap if rules.unmatched_at_cap else math.inf
-    every = np.full(n_truth + n_pred - tp, unmatched, np.float32)
-    every[list(distances)] = list(distances.values())
+    every = np.array([unmatched, *distances.values()], np.float32)
     scores = rules.normalise(every, cap, float(np.linalg.norm(np.asarray(voxel_size, np.float64))))
+    n = n_truth + n_pred - tp
     return {
         "tp": tp,
         "fp": n_pred - tp,
         "fn": n_truth - tp,
-        "hausdorff_norm_sum": float(scores.sum()),
-        "n_hausdorff": len(scores),
+        "hausdorff_norm_sum": float(scores[1:].sum() + (n - len(distances)) * scores[0]),
+        "n_hausdorff": n,
         "status": "scored",
     }
 
 
 def _checked_slabs(pred: Any, truth: Any, mask: Any, memory: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (truth, prediction) of each slab, 0 outside the mask. Raises DataError for values that cannot be scored."""
+    """Yield (truth, prediction) of each slab, times the mask. Raises DataError for values that cannot be scored."""
     for p, t, m in read_slabs((pred, truth, mask), memory):
         assert p is not None and t is not None
         check_truth(t)
         check_pred(p)
-        yield (t, p) if m is None else (t * (m > 0), p * (m > 0))
+        yield (t, p) if m is None else (masked(t, m), masked(p, m))
+
+
+class _SettledError(Exception):
+    """No object of the prediction can be matched: how many there are is all that may count."""
+
+
+def _count_components(slabs: Iterable[tuple[np.ndarray, np.ndarray]]) -> int:
+    components = Components()
+    for _, pred in slabs:
+        components.add_counted(pred)
+    return components.join()[1]
 
 
 def too_many_instances(n_pred: int, largest_truth_id: int) -> bool:

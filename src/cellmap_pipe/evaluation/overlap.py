@@ -4,7 +4,7 @@ Counting runs instead of voxels needs no sort over the volume, and the runs are 
 box and voxels follow without another look at the volume, which is read once, slab by slab.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,15 +48,25 @@ class Objects:
         return self.order[self.first[i] : self.first[i + 1]]
 
 
-def find_runs(slabs: Iterable[tuple[np.ndarray, np.ndarray]], shape: tuple[int, ...]) -> Runs:
+# Runs after which it is asked whether they are needed: noise has as many as voxels
+MANY_RUNS = 16_000_000
+
+
+def find_runs(
+    slabs: Iterable[tuple[np.ndarray, np.ndarray]],
+    shape: tuple[int, ...],
+    watch: Callable[[int, int], None] | None = None,
+) -> Runs:
     """Return the foreground runs of a volume (z, y, x) given as slabs (truth ids, predicted values) along z.
 
     Of the prediction, the 26-connected components of equal non-zero values count. Only runs are kept of a slab.
+    watch: told, each time that MANY_RUNS more are found, their number and that of components that there are at least;
+    it may raise, so that what follows is not read.
     """
     X = shape[2]
     components = Components()
     parts = []
-    offset = 0
+    offset = n_runs = 0
     for truth, pred in slabs:
         labels, before = components.add_counted(pred)
         t = np.ascontiguousarray(truth, truth.dtype.newbyteorder("=")).reshape(-1)
@@ -74,6 +84,9 @@ def find_runs(slabs: Iterable[tuple[np.ndarray, np.ndarray]], shape: tuple[int, 
         np.add(run_p, np.uint32(before), out=run_p, where=run_p > 0)
         parts.append((start[keep] + offset, length, run_t[keep], run_p))
         offset += t.size
+        before, n_runs = n_runs, n_runs + len(length)
+        if watch is not None and n_runs // MANY_RUNS > before // MANY_RUNS:
+            watch(n_runs, components.least())
         del labels, t, p, start, run_t, keep
     numbers, n_pred = components.join()
     start, length, run_t, run_p = (np.concatenate(column) for column in zip(*parts, strict=True))

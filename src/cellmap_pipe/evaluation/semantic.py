@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from cellmap_pipe.evaluation.inputs import as_array, check_pred, check_shapes, check_truth, read_slabs
+from cellmap_pipe.evaluation.inputs import as_array, check_pred, check_shapes, check_truth, masked, read_slabs
 
 
 def score_semantic(pred: Any, truth: Any, mask: Any = None) -> dict[str, Any]:
@@ -21,11 +21,9 @@ def score_semantic(pred: Any, truth: Any, mask: Any = None) -> dict[str, Any]:
         assert p is not None and t is not None
         check_pred(p)
         check_truth(t)
-        p, t = p > 0, t > 0
         if m is not None:
-            known = m > 0
-            p &= known
-            t &= known
+            p, t = masked(p, m), masked(t, m)
+        p, t = p > 0, t > 0
         n_pred += int(np.count_nonzero(p))
         n_truth += int(np.count_nonzero(t))
         tp += int(np.count_nonzero(p & t))
