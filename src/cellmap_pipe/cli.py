@@ -193,9 +193,13 @@ def _positive(text: str) -> float:
 def _report(archive: Path, problems: Sequence[str], warnings: Sequence[str]) -> int:
     for line in [*(f"problem: {text}" for text in problems), *(f"warning: {text}" for text in warnings)]:
         _say(line)
-    verdict = f"{len(problems)} problems" if problems else "ready to send"
-    _say(f"{archive}: {verdict}, {len(warnings)} warnings")
+    verdict = _counted(problems, "problem") if problems else "ready to send"
+    _say(f"{archive}: {verdict}, {_counted(warnings, 'warning')}")
     return 1 if problems else 0
+
+
+def _counted(items: Sequence[str], name: str) -> str:
+    return f"{len(items)} {name}" if len(items) == 1 else f"{len(items)} {name}s"
 
 
 def _check_writable(path: Path) -> None:

@@ -1,6 +1,7 @@
 """What the packed submission will score, by the validation crops: as JSON, and as a section of its page."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from cellmap_pipe.classes import CLASSES
@@ -10,7 +11,7 @@ from cellmap_pipe.evaluation.forecast import read_validation
 from cellmap_pipe.evaluation.rules import CLEAN
 from cellmap_pipe.files import read_json, write_json
 from cellmap_pipe.report.pages import Bar, Cell, Column, Content, heading, paragraph, table
-from cellmap_pipe.report.tables import Path, in_order
+from cellmap_pipe.report.tables import in_order
 from cellmap_pipe.report.versions import rules_name
 
 CLASS_COLUMNS: tuple[Column, ...] = (

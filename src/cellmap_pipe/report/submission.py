@@ -1,6 +1,7 @@
 """The submission's page: what is in the file, what is wrong with it, and what it scores or can be expected to score."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from cellmap_pipe.classes import CLASSES
@@ -9,7 +10,7 @@ from cellmap_pipe.evaluation.rules import CLEAN
 from cellmap_pipe.files import read_json, write_text
 from cellmap_pipe.report.forecast import forecast_section
 from cellmap_pipe.report.pages import Cell, Column, Content, folded, heading, page, paragraph, table
-from cellmap_pipe.report.tables import Path, counted, differing_columns, differing_rows, in_order
+from cellmap_pipe.report.tables import counted, differing_columns, differing_rows, in_order
 from cellmap_pipe.report.versions import rules_name, rules_sentences
 
 # A list of more rows is folded
