@@ -65,9 +65,14 @@ def find_runs(
     """
     X = shape[2]
     components = Components()
-    parts = []
+    nothing = np.zeros(0, np.int64)
+    parts = [(nothing, nothing.astype(np.min_scalar_type(X)), nothing.astype(np.uint8), nothing.astype(np.uint32))]
     offset = n_runs = 0
     for truth, pred in slabs:
+        if not truth.any() and not pred.any():
+            components.skip()
+            offset += truth.size
+            continue
         labels, before = components.add_counted(pred)
         t = np.ascontiguousarray(truth, truth.dtype.newbyteorder("=")).reshape(-1)
         p = labels.reshape(-1)
