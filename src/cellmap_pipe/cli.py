@@ -26,7 +26,7 @@ def _score(arguments: argparse.Namespace) -> int:
 
     if arguments.out:
         _check_writable(arguments.out)
-    with _bar("label") as shown:
+    with _bar(" labels") as shown:
         result = score_submission(
             arguments.submission,
             arguments.truth,
@@ -50,13 +50,15 @@ def _validate(arguments: argparse.Namespace) -> int:
 
     rows = read_manifest(arguments.manifest, arguments.classes)
     validation = read_validation(arguments.scores) if arguments.scores else None
-    problems = validate(
-        arguments.submission,
-        arguments.manifest,
-        arguments.classes,
-        workers=arguments.workers,
-        presence=validation.presence() if validation else None,
-    )
+    with _bar(" crops") as shown:
+        problems = validate(
+            arguments.submission,
+            arguments.manifest,
+            arguments.classes,
+            workers=arguments.workers,
+            presence=validation.presence() if validation else None,
+            progress=shown,
+        )
     status = _report(arguments.submission, lines_of(problems, "error"), lines_of(problems, "warning"))
     if validation:
         _say_forecast(validation.forecast({row.label for row in rows}, unanswered(problems, rows)))
@@ -69,7 +71,7 @@ def _pack(arguments: argparse.Namespace) -> int:
     report = arguments.report or arguments.out.with_suffix(".json")
     for path in (arguments.out, report):
         _check_writable(path)
-    with _writing(f"{arguments.out}, or its report {report}"):
+    with _writing(f"{arguments.out}, or its report {report}"), _bar(" arrays") as shown:
         pack(
             arguments.predictions,
             arguments.manifest,
@@ -78,6 +80,7 @@ def _pack(arguments: argparse.Namespace) -> int:
             classes=arguments.classes,
             workers=arguments.workers,
             scores=arguments.scores,
+            progress=shown,
         )
     result = read_json(report)
     if absent := result["not_predicted"]:

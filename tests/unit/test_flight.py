@@ -305,6 +305,12 @@ def test_components_of_stored_chunks_are_those_of_the_whole_array(tmp_path_facto
     assert sorted(sizes.tolist()) == sorted(whole.tolist())
 
 
+def test_progress_counts_the_crops(good):
+    told = []
+    validate(good / "good.zarr", good / "manifest.csv", progress=lambda *counts: told.append(counts))
+    assert told == [(1, 2), (2, 2)]
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_seeded_fault_is_found_by_name(good, fault):
     FAULTS[fault](good / "good.zarr")

@@ -102,6 +102,19 @@ def test_groups_are_formed_from_their_parts(tmp_path):
     assert report["approximate"] == {"crop1/er_mem_all": ["eres_mem", "ne_mem"]}
 
 
+def test_progress_counts_the_arrays(tmp_path):
+    told = []
+    manifest = write_manifest(tmp_path / "manifest.csv", ["1"])
+    pack(
+        segmentation(tmp_path, [1]),
+        manifest,
+        tmp_path / "s.zip",
+        tmp_path / "report.json",
+        progress=lambda *counts: told.append(counts),
+    )
+    assert told == [(done, 4) for done in (1, 2, 3, 4)]
+
+
 def test_groups_of_foreign_predictions_are_formed_without_some_of_their_parts_and_named(tmp_path):
     mito = volumes_of(1)["mito"]
     write(tmp_path, "p.zarr/crop1/mito_mem", (mito == 1).astype(np.uint8))

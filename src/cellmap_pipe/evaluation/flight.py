@@ -4,7 +4,7 @@ import logging
 import math
 import stat
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -37,18 +37,26 @@ def validate(
     *,
     workers: int = 1,
     presence: Presence | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Problem]:
     """Return every problem of the submission, errors first, then by array.
 
     submission: zip file or zarr folder. volumes_csv: the challenge's test manifest, or a table like it, whose rows with
     an empty class_label stand for `all_labels`. Nothing is unpacked. presence: by class, in how many validation crops
     the truth has it, and of how many; an empty answer of a class that fewer than half of them have is only a note.
+    progress: called with (crops done, crops in all).
     """
-    return check(submission, read_manifest(volumes_csv, all_labels), workers=workers, presence=presence)
+    rows = read_manifest(volumes_csv, all_labels)
+    return check(submission, rows, workers=workers, presence=presence, progress=progress)
 
 
 def check(
-    submission: str | Path, rows: Sequence[ManifestRow], *, workers: int = 1, presence: Presence | None = None
+    submission: str | Path,
+    rows: Sequence[ManifestRow],
+    *,
+    workers: int = 1,
+    presence: Presence | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Problem]:
     """Return what `validate` does, for manifest rows that are read already."""
     try:
@@ -74,8 +82,10 @@ def check(
         if crop in folders
     ]
     costs = [max(_check_bytes(container, task.folder, row) for row in task.rows) for task in tasks]
-    for _, found in run_tasks(_check_crop, tasks, costs, workers):
+    for done, (_, found) in enumerate(run_tasks(_check_crop, tasks, costs, workers), start=1):
         problems += found
+        if progress:
+            progress(done, len(tasks))
     return sorted(problems, key=lambda problem: (SEVERITIES.index(problem.severity), problem.array, problem.fault))
 
 

@@ -52,6 +52,7 @@ def pack(
     classes: Sequence[str] = (),
     scores: Sequence[str | os.PathLike[str]] = (),
     workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write the submission and the report of its flight check.
 
@@ -65,7 +66,8 @@ def pack(
     Every array is brought to the manifest's voxels once, aligned by its edges (`align` by the rules `clean`). Ids take
     the nearest voxel. Masks and probabilities are resampled linearly with anti-aliasing and compared with 0.5 after
     that, so that a boundary stays where the probabilities put it. Arrays that need no resampling are streamed.
-    scores: validation scores (results/scores/{source}/fold*.json), for the forecast.
+    scores: validation scores (results/scores/{source}/fold*.json), for the forecast. progress: called with (arrays
+    packed, arrays in all).
     The report: problems and warnings (lines), rows, zero_rows (no voxel set), not_predicted, approximate (rows of
     groups that lack some of their parts: these), forecast (`Validation.forecast`; None without scores), sha256, size,
     rules, note.
@@ -95,7 +97,7 @@ def pack(
         _add(archive, ".zgroup", group)
         for crop in sorted({row.crop for row in rows}):
             _add(archive, f"{crop}/.zgroup", group)
-        for row in rows:
+        for done, row in enumerate(rows, start=1):
             name = f"{row.crop}/{row.label}"
             volume = volumes.get(row.crop)
             try:
@@ -104,6 +106,8 @@ def pack(
             except DataError as error:
                 place = "" if name in str(error) else f"{name}: "
                 raise DataError(f"{place}{error}") from error
+            if progress:
+                progress(done, len(rows))
             if not any_set:
                 zero_rows.append(name)
             if array is None or volume is None:
