@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import zipfile
 
 import numpy as np
 import zarr
@@ -84,3 +85,13 @@ def set_attributes(root, name, **changes):
 def set_meta(root, name, **changes):
     path = root / name / ".zarray"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def zipped(folder):
+    """Return the zip file of a folder's files, beside it."""
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                archive.write(file, file.relative_to(folder))
+    return path

@@ -25,6 +25,7 @@ from submission_case import (
     volumes_of,
     write,
     write_manifest,
+    zipped,
 )
 
 from cellmap_pipe.evaluation import flight
@@ -342,13 +343,11 @@ def test_what_may_be_sound_is_a_warning(good, fault, values, severity):
 
 
 def fake_zip(path, *, extra=None, link=False, root=None):
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(root.rglob("*")):
-            if file.is_file():
-                archive.write(file, file.relative_to(root))
-        if extra is not None:
-            info = zipfile.ZipInfo(extra)
-            info.external_attr = ((stat.S_IFLNK if link else stat.S_IFREG) | 0o644) << 16
+    zipped(root).rename(path)
+    if extra is not None:
+        info = zipfile.ZipInfo(extra)
+        info.external_attr = ((stat.S_IFLNK if link else stat.S_IFREG) | 0o644) << 16
+        with zipfile.ZipFile(path, "a") as archive:
             archive.writestr(info, "x")
     return path
 

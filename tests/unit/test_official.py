@@ -5,12 +5,16 @@ import math
 import os
 import shutil
 import signal
+import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
+
+sys.path.insert(0, str(Path(__file__).parent))
+from submission_case import zipped
 
 from cellmap_pipe.errors import DataError
 from cellmap_pipe.evaluation import aggregate, official
@@ -56,14 +60,6 @@ def volumes(tmp_path):
     return tmp_path
 
 
-def zipped(folder, path):
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(folder.rglob("*")):
-            if file.is_file():
-                archive.write(file, file.relative_to(folder))
-    return path
-
-
 def test_zip_folder_and_segmentation_json_score_alike(volumes):
     submission, truth = volumes / "submission.zarr", volumes / "truth.zarr"
     result = score_submission(submission, truth, workers=2)
@@ -81,7 +77,7 @@ def test_zip_folder_and_segmentation_json_score_alike(volumes):
     for array in submission.glob("crop*/*"):  # ours lie in groups of their own
         shutil.copytree(array, volumes / "volumes" / f"{array.parent.name}.zarr" / array.name / "s0")
     (volumes / "test.json").write_text(json.dumps({"records": records}))
-    for other in (zipped(submission, volumes / "s.zip"), nested, volumes / "test.json"):
+    for other in (zipped(submission), nested, volumes / "test.json"):
         again = score_submission(other, truth)
         assert again["records"] == result["records"]
         assert again["overall_score"] == result["overall_score"]

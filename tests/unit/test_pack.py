@@ -22,6 +22,7 @@ from submission_case import (
     volumes_of,
     write,
     write_manifest,
+    zipped,
 )
 
 from cellmap_pipe.errors import ConfigError, ContractError, DataError
@@ -192,15 +193,6 @@ def write_predictions(root, crops=("crop1", "crop2")):
         for label, values in volumes_of(int(crop[-1])).items():
             write(root, f"{crop}/{label}", values)
     return root
-
-
-def zipped(root):
-    path = root.with_suffix(".zip")
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(root.rglob("*")):
-            if file.is_file():
-                archive.write(file, file.relative_to(root))
-    return path
 
 
 def test_a_zarr_folder_a_zip_and_segmentations_give_the_same_submission(tmp_path):

@@ -92,9 +92,9 @@ def object_ids(truth: Any, mask: Any = None, memory: float = math.inf) -> np.nda
     return ids[ids > 0]
 
 
-def slabs(shape: Sequence[int], chunk_z: int = 1) -> Iterator[slice]:
-    """Yield slices along z that cover `shape` (z, y, x): whole chunks, about SLAB_VOXELS each, at least one chunk."""
-    thickness = max(1, SLAB_VOXELS // max(1, shape[1] * shape[2]) // chunk_z) * chunk_z
+def slabs(shape: Sequence[int]) -> Iterator[slice]:
+    """Yield slices along z that cover `shape` (z, y, x): about SLAB_VOXELS each, at least one plane."""
+    thickness = max(1, SLAB_VOXELS // max(1, shape[1] * shape[2]))
     for start in range(0, shape[0], thickness):
         yield slice(start, min(start + thickness, shape[0]))
 
