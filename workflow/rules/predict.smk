@@ -43,6 +43,7 @@ rule predict:
         cpus_per_task=lambda wc: model_of(wc).prediction_job.threads,
         mem_mb=lambda wc, attempt: model_of(wc).prediction_job.mem_mb * attempt,
         runtime=lambda wc: model_of(wc).prediction_job.runtime_min,
+        device=lambda wc: model_of(wc).prediction_job.device,
     params:
         settings=lambda wc: canonical_json(
             CONFIG.prediction_settings(wc.model, wc.subset)

@@ -48,6 +48,7 @@ rule train:
         cpus_per_task=lambda wc: model_of(wc).training_job.threads,
         mem_mb=lambda wc, attempt: model_of(wc).training_job.mem_mb * attempt,
         runtime=lambda wc: model_of(wc).training_job.runtime_min,
+        device=lambda wc: model_of(wc).training_job.device,
     params:
         settings=lambda wc: canonical_json(model_of(wc).training_settings()),
         version=CONFIG.version("train"),

@@ -23,7 +23,8 @@ list_volumes = {
 
 with job(snakemake):
     # where torch cannot use them (a broken driver), `auto` would predict on the CPU until the walltime ends
-    gpus = assign_gpus(snakemake.resources.gpu, {"rule": snakemake.rule, **dict(snakemake.wildcards.items())})
+    count = {"auto": snakemake.resources.gpu, "cpu": 0}[snakemake.resources.device]
+    gpus = assign_gpus(count, {"rule": snakemake.rule, **dict(snakemake.wildcards.items())})
     predict_shard(
         weights,
         list_volumes(**inputs),

@@ -20,7 +20,7 @@ with job(snakemake):
             "index": snakemake.input.index,
             "run_dir": snakemake.params.run_dir,
             "outputs": dict(snakemake.output.items()),
-            "device": "auto" if snakemake.resources.gpu else "cpu",
+            "device": snakemake.resources.device if snakemake.resources.gpu else "cpu",
             "runtime_min": snakemake.resources.runtime,
             "retrain": snakemake.config["retrain"],
         },

@@ -1,0 +1,31 @@
+"""Slurm's commands, asked for their answer."""
+
+import shutil
+import subprocess
+
+from cellmap_pipe.errors import CellmapError
+
+ANSWER_SECONDS = 30.0
+
+
+class SlurmError(CellmapError):
+    """A command of Slurm is missing, fails or does not answer; the message names it and what it said."""
+
+
+def installed(program: str = "sbatch") -> bool:
+    """Return whether this machine has the command."""
+    return shutil.which(program) is not None
+
+
+def ask(*command: str, seconds: float = ANSWER_SECONDS) -> str:
+    """Return what a command of Slurm prints. Raises SlurmError if it is missing, fails or takes too long."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    except FileNotFoundError:
+        raise SlurmError(f"{command[0]} is not installed here; a login node of the cluster has it") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"`{' '.join(command)}` did not answer within {seconds:g} s; Slurm is down or busy") from None
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split()) or f"exit status {done.returncode}"
+        raise SlurmError(f"`{' '.join(command)}` failed: {said}")
+    return done.stdout
