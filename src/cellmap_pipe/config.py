@@ -43,7 +43,7 @@ RESULT_VERSIONS: dict[str, int] = {
     "segment": 3,
     "evaluate": 3,
     "submission": 3,
-    "report": 4,
+    "report": 5,
 }
 
 SUBSETS = ("validation", "test")
