@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cellmap_pipe.errors import ContractError
-from cellmap_pipe.fetch import fetch_digest, verify_fetch
+from cellmap_pipe.fetch import verify_fetch
+from cellmap_pipe.fetched import fetch_digest
 from cellmap_pipe.files import read_json
 from cellmap_pipe.prediction.store import ARRAY, fault_of_probabilities
 from cellmap_pipe.prepare.store import fault_of_file, verify_store

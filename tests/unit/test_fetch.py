@@ -28,9 +28,10 @@ from moto.server import ThreadedMotoServer
 from cellmap_pipe.cli import main
 from cellmap_pipe.errors import ConfigError, DataError
 from cellmap_pipe.fetch import arrays as arrays_module
-from cellmap_pipe.fetch import fetch, fetch_digest, plan_fetch, plan_table, verify_fetch, write_plan
+from cellmap_pipe.fetch import fetch, plan_fetch, plan_table, verify_fetch, write_plan
 from cellmap_pipe.fetch import source as source_module
 from cellmap_pipe.fetch.needs import read_wanted
+from cellmap_pipe.fetched import fetch_digest
 from cellmap_pipe.prepare.convert import bulk_paths, convert_shard, read_nifti
 from cellmap_pipe.prepare.crops import write_crops
 

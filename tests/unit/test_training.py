@@ -41,6 +41,7 @@ from cellmap_pipe.prepare.store import Store
 from cellmap_pipe.training import checkpoint, main, record, results
 from cellmap_pipe.training.alarms import ENOUGH_PATCHES, Alarms
 from cellmap_pipe.training.expand import Expander
+from cellmap_pipe.training.fingerprint import fingerprint
 from cellmap_pipe.training.inference import load_model
 from cellmap_pipe.training.loop import Process, StoppedError, StopRequest, Training
 from cellmap_pipe.training.main import choose_device, fold_crops, run_training
@@ -809,17 +810,17 @@ def test_fold_without_training_crops_or_with_a_crop_on_both_sides_is_refused(tmp
 def test_fingerprint_depends_on_settings_and_the_crops_used(tmp_path: Path) -> None:
     store = Store(write_store(tmp_path))
     used, shown = ["set-0/crop0"], ["set-0/crop2"]
-    first = results.fingerprint(SETTINGS, store, used, shown)
+    first = fingerprint(SETTINGS, store, used, shown)
     inert = {"checkpoint_minutes": 5, "keep_every": 7, "stop_minutes": 1, "mlflow": "sqlite:///x.db"}
-    assert results.fingerprint({**SETTINGS, **inert}, store, used, shown) == first
-    assert results.fingerprint({**SETTINGS, "lr": 1e-5}, store, used, shown) != first
-    assert results.fingerprint(SETTINGS, store, [*used, "set-1/crop1"], shown) != first
-    assert results.fingerprint({**SETTINGS, "on_damage": "skip"}, store, used, shown) == first
-    assert results.fingerprint({**SETTINGS, "normalisation": "uint8/255"}, store, used, shown) != first
+    assert fingerprint({**SETTINGS, **inert}, store, used, shown) == first
+    assert fingerprint({**SETTINGS, "lr": 1e-5}, store, used, shown) != first
+    assert fingerprint(SETTINGS, store, [*used, "set-1/crop1"], shown) != first
+    assert fingerprint({**SETTINGS, "on_damage": "skip"}, store, used, shown) == first
+    assert fingerprint({**SETTINGS, "normalisation": "uint8/255"}, store, used, shown) != first
     store.crops["set-1/crop1"]["content"]["label"] = "0"
-    assert results.fingerprint(SETTINGS, store, used, shown) == first
+    assert fingerprint(SETTINGS, store, used, shown) == first
     store.crops["set-0/crop0"]["content"]["label"] = "0"
-    assert results.fingerprint(SETTINGS, store, used, shown) != first
+    assert fingerprint(SETTINGS, store, used, shown) != first
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "poly", "onecycle", "constant"])

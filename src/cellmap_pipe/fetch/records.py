@@ -14,10 +14,9 @@ from typing import Any
 from cellmap_pipe.errors import CellmapError
 from cellmap_pipe.fetch.arrays import Chunks, Region
 from cellmap_pipe.fetch.needs import Wanted
-from cellmap_pipe.files import canonical_json, digest, file_digest, read_json, write_text
+from cellmap_pipe.fetched import RECORDS
+from cellmap_pipe.files import canonical_json, read_json, write_text
 from cellmap_pipe.geometry import Lattice
-
-RECORDS = ".fetched"
 
 _REMEDY = "delete it and fetch again"
 
@@ -37,15 +36,6 @@ def verify_fetch(root: str | Path) -> list[str]:
         problems += missing_here(Path(root), arrays, record["metadata"], problems)
         lines += [f"{record['name']}: {problem}" for problem in problems]
     return lines
-
-
-def fetch_digest(root: str | Path) -> str:
-    """Return a short digest of what was fetched into `root`, "" if nothing was.
-
-    It changes with what the source has, and whenever a fetch has written a file here, be it one that was repaired.
-    """
-    records = sorted((Path(root) / RECORDS).glob("*/*.json"))
-    return digest([[path.name, file_digest(path)] for path in records])[:16] if records else ""
 
 
 @dataclass

@@ -24,6 +24,7 @@ from cellmap_pipe.prepare.store import Store
 from cellmap_pipe.training import checkpoint, tracking
 from cellmap_pipe.training.alarms import LOOK_EVERY, Alarms
 from cellmap_pipe.training.expand import Expander
+from cellmap_pipe.training.fingerprint import INERT_SETTINGS
 from cellmap_pipe.training.inference import FORMAT
 from cellmap_pipe.training.loader import Batch, Loader
 from cellmap_pipe.training.losses import build_loss
@@ -36,10 +37,11 @@ from cellmap_pipe.training.networks import (
 )
 from cellmap_pipe.training.optimisation import build_optimizer, learning_rate, update_average
 from cellmap_pipe.training.record import Journal, Meter, Progress
-from cellmap_pipe.training.results import INERT_SETTINGS, best_path
+from cellmap_pipe.training.results import best_path
 from cellmap_pipe.training.sampling import Patches, Sampler, known_fraction
 from cellmap_pipe.training.starting import begin_with, channels_of, prevalence
 from cellmap_pipe.training.transform import varied
+from cellmap_pipe.training.usage import UsageLog
 from cellmap_pipe.training.validation import Scores, Validation, check_validation
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,10 @@ SPARSE_KNOWN_FRACTION = 0.25
 
 @dataclass(frozen=True)
 class Process:
-    """Where this process stands among those of the training, when it is to stop, and its threads that copy patches."""
+    """Where this process stands among those of the training, when it is to stop, and its threads that copy patches.
+
+    usage: where the first one notes what the training takes.
+    """
 
     rank: int
     world: int
@@ -59,6 +64,7 @@ class Process:
     stop_requested: "StopRequest"
     deadline: float | None = None  # seconds of time.monotonic()
     workers: int = 1
+    usage: UsageLog | None = None
 
 
 @dataclass
@@ -177,6 +183,8 @@ class Training:
         self.network.train()
         with contextlib.ExitStack() as held:
             held.callback(loader.close)
+            self._tell(meter)  # of the start
+            held.callback(self._tell, meter)
             journal = None if process.rank else held.enter_context(Journal(self.run_dir, settings, progress.step))
             while True:
                 # before a validation, which may outlast what is left of the walltime
@@ -188,7 +196,9 @@ class Training:
                         raise StoppedError(f"stopped by {stop} after step {progress.step}; start it again to go on")
                     next_check = progress.step + self._steps_until_check(meter)
                 if self._epoch_ended() and progress.recorded < progress.step:
+                    self._tell(meter)  # apart from the validation, which makes no step
                     self._record_epoch(journal)
+                    self._tell(meter)
                     if progress.recorded < progress.step:
                         continue  # to where the request that cut the validation short is seen
                 if progress.finished:
@@ -203,6 +213,7 @@ class Training:
                     self._save()
                 if together and meter.due():  # on all ranks: what is measured is dropped with each line
                     self.alarms.waiting(meter.waiting())
+                    self._tell(meter)
                     logger.info("%s", meter.line(progress, settings))
             self._save(needed=True)
 
@@ -343,6 +354,12 @@ class Training:
         return trained
 
     # -- what happens between steps ---------------------------------------------------------------------------------
+
+    def _tell(self, meter: Meter) -> None:
+        """Note what the training took since it was last told of."""
+        if self.process.usage is not None:
+            with contextlib.suppress(RuntimeError):  # at the end: a GPU that failed answers nothing more
+                meter.tell(self.process.usage, self.progress.step)
 
     def _epoch_ended(self) -> bool:
         step = self.progress.step

@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -23,15 +24,18 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from cellmap_pipe.cluster import slurm
 from cellmap_pipe.errors import ConfigError, ContractError, TrainingError
 from cellmap_pipe.files import read_json, write_json
 from cellmap_pipe.log import FORMAT
 from cellmap_pipe.machine import memory_limit
 from cellmap_pipe.prepare.store import Store
 from cellmap_pipe.training import checkpoint, results, siblings
+from cellmap_pipe.training.fingerprint import FINGERPRINT, fingerprint
 from cellmap_pipe.training.lease import die_with_parent
 from cellmap_pipe.training.loop import Process, StopRequest, Training
 from cellmap_pipe.training.owner import Owner, start_ticks
+from cellmap_pipe.training.usage import CPU, UsageLog
 
 logger = logging.getLogger("cellmap_pipe.training.main")  # it runs as __main__
 
@@ -55,6 +59,8 @@ def run_training(request_path: str | Path) -> None:
     torch.set_num_threads(threads)
     device = choose_device(request["device"], int(os.environ.get("LOCAL_RANK", "0")), world)
     stop = StopRequest()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else CPU
+    usage = UsageLog(Path(request["run_dir"]), world, name) if not rank else None
     if world > 1:
         # No farewell (destroy_process_group): after an exception it waits for ranks that still compute, and where the
         # group is freed while its threads wait for the interpreter, both wait for ever. The process just leaves.
@@ -66,7 +72,11 @@ def run_training(request_path: str | Path) -> None:
     over = threading.Event()
     siblings.leave_with(_processes(world), over)
     with _stop_signals(stop):
-        _train(request, Process(rank, world, device, stop, _deadline(request, began), min(threads, MOST_WORKERS)), over)
+        workers, deadline = min(threads, MOST_WORKERS), _deadline(request, began)
+        if deadline is not None and not rank:
+            at = datetime.datetime.now() + datetime.timedelta(seconds=deadline - time.monotonic())
+            logger.info("saves and stops at %s, before the walltime ends", at.isoformat(" ", timespec="seconds"))
+        _train(request, Process(rank, world, device, stop, deadline, workers, usage), over)
 
 
 def _processes(world: int) -> dict[int, int | None]:
@@ -92,15 +102,19 @@ def _train(request: Mapping[str, Any], process: Process, over: threading.Event) 
     store = Store(request["index"], grid=settings["grid"], damaged=damaged)
     if missing := [crop for crop in training + validation if crop not in store.crops]:
         raise ContractError(f"{request['index']}: crop {missing[0]} is not in the store; run `snakemake -R chunk`")
-    expected = results.fingerprint(settings, store, training, validation)
+    expected = fingerprint(settings, store, training, validation)
     with contextlib.ExitStack() as held:
         if not process.rank:
-            with Owner(run_dir):
+
+            def stopped() -> bool:
+                return process.stop_requested.signal is not None
+
+            with Owner(run_dir, stopped=stopped):
                 if reason := _outdated(run_dir, expected, retrain=request.get("retrain", False)):
                     logger.warning("%s: its training is kept as %s", reason, results.set_aside(run_dir))
-            held.enter_context(Owner(run_dir))
+            held.enter_context(Owner(run_dir, partial(_leave, request), stopped))
             write_json(run_dir / "request.json", request)
-            write_json(run_dir / results.FINGERPRINT, {"fingerprint": expected})
+            write_json(run_dir / FINGERPRINT, {"fingerprint": expected})
         _wait(process)
         state = checkpoint.latest(run_dir, clean=not process.rank)
         if state is None or not state["progress"]["finished"]:
@@ -117,6 +131,12 @@ def _train(request: Mapping[str, Any], process: Process, over: threading.Event) 
                 raise TrainingError(f"{run_dir}: the checkpoint just written cannot be read; check the disk")
             results.publish(run_dir, state, request["outputs"], request["model"], request["fold"])
             logger.info("finished after %d steps", state["progress"]["step"])
+
+
+def _leave(request: Mapping[str, Any], why: str) -> NoReturn:
+    """End this process, saving nothing: what it would write is another one's by now."""
+    os.write(2, f"{_error_name(request)}{why}\n".encode())
+    os._exit(1)
 
 
 def fold_crops(datalist: str | Path, fold: str) -> tuple[list[str], list[str]]:
@@ -227,15 +247,33 @@ def _deadline(request: Mapping[str, Any], began: float) -> float | None:
 
     The setting `stop_minutes` before that, but no more than a tenth of the walltime before it.
     """
-    end = os.environ.get("SLURM_JOB_END_TIME")
+    end = slurm_end()
     runtime = request.get("runtime_min")
-    if end and end.isdigit() and float(end) > time.time():  # it tells not of a job that was given more time
-        left = float(end) - time.time()
+    if end is not None and end > time.time():  # it tells not of a job that was given more time
+        left = end - time.time()
     elif runtime:
         left = 60.0 * float(runtime)
     else:
         return None
     return began + left - min(60 * request["settings"]["stop_minutes"], left / 10)
+
+
+def slurm_end() -> float | None:
+    """Return when Slurm ends this job, in seconds of time.time(); None if it sets no end, or is not there.
+
+    Slurm before 23.02 has to be asked: the walltime began before this process did, and is not all left.
+    """
+    end, job = os.environ.get("SLURM_JOB_END_TIME", ""), os.environ.get("SLURM_JOB_ID")
+    if end.isdigit():
+        return float(end)
+    if not job or not slurm.installed("squeue"):
+        return None
+    try:
+        # by the local clock of this very machine, without a zone
+        return datetime.datetime.fromisoformat(slurm.ask("squeue", "-h", "-j", job, "-o", "%e").strip()).timestamp()
+    except (slurm.SlurmError, ValueError) as error:
+        logger.warning("when Slurm will end job %s is not known (%s): the walltime is counted from now", job, error)
+        return None
 
 
 def _wait(process: Process) -> None:
@@ -281,7 +319,7 @@ def _report(error: Exception, request: Mapping[str, Any], rank: int, terminal: i
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         time.sleep(3)
-    name = f"ERROR {request['rule']} model={request['model']},fold={request['fold']}: "
+    name = _error_name(request)
     if b"\n" + name.encode() in path.read_bytes()[since:]:
         return
     if isinstance(error, torch.OutOfMemoryError):
@@ -294,6 +332,10 @@ def _report(error: Exception, request: Mapping[str, Any], rank: int, terminal: i
     os.write(terminal, (line + "\n").encode())
     with path.open("a") as stream:
         stream.write(traceback.format_exc() + line + "\n")
+
+
+def _error_name(request: Mapping[str, Any]) -> str:
+    return f"ERROR {request['rule']} model={request['model']},fold={request['fold']}: "
 
 
 def main(request_path: str) -> NoReturn:

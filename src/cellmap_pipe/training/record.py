@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from cellmap_pipe.training.loader import Batch
 from cellmap_pipe.training.optimisation import learning_rate
 from cellmap_pipe.training.tracking import MlflowRun
+from cellmap_pipe.training.usage import UsageLog
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +136,11 @@ class Meter:
         self.line_at = time.perf_counter()
         self.seconds = self.waited = 0.0
         self.steps = 0
+        self._told = (
+            0,
+            0.0,
+            0.0,
+        )  # steps, their seconds and those of them that were waited, of which is told elsewhere
         # of each step: end of the one before and arrival of its data, on the device; seconds that the host waited
         self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event, float]] = []
 
@@ -169,8 +175,19 @@ class Meter:
 
     def waiting(self) -> float:
         """Return the share of the interval's steps in which the device waited for data."""
+        return self._waited_seconds() / max(self.seconds, 1e-9)
+
+    def _waited_seconds(self) -> float:
         gaps = [(ended.elapsed_time(arrived) / 1000, host) for ended, arrived, host in self._gaps if arrived.query()]
-        return (self.waited + sum(min(gap) for gap in gaps)) / max(self.seconds, 1e-9)
+        return self.waited + sum(min(gap) for gap in gaps)
+
+    def tell(self, usage: UsageLog, step: int) -> None:
+        """Write a line of the training's usage: what was measured since the last one. step: where it stands."""
+        now = (self.steps, self.seconds, self._waited_seconds())
+        steps, seconds, waited = (new - old for new, old in zip(now, self._told, strict=True))
+        self._told = now
+        usage.count(int(steps), int(steps) * self.patches_per_step, seconds, waited)
+        usage.write(step, torch.cuda.max_memory_allocated() / 2**30 if self.cuda else None)
 
     def line(self, progress: Progress, settings: Mapping[str, Any]) -> str:
         """Return the progress line and begin a new interval."""

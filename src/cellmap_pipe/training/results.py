@@ -1,4 +1,4 @@
-"""What a training is made from and what it hands on: the fingerprint of a run directory, and the published files."""
+"""What a training hands on: its run directory, and the published files."""
 
 import csv
 import io
@@ -8,48 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cellmap_pipe.config import RESULT_VERSIONS
 from cellmap_pipe.errors import TrainingError
-from cellmap_pipe.files import digest, file_digest, read_json, replacing, write_json, write_text
-from cellmap_pipe.prepare.store import Store
+from cellmap_pipe.files import read_json, replacing, write_json, write_text
 from cellmap_pipe.training import checkpoint
-
-# Settings that say when and where something is kept, or what becomes of a fault, not what comes out.
-INERT_SETTINGS = ("checkpoint_minutes", "keep_every", "stop_minutes", "on_damage", "mlflow")
-
-FINGERPRINT = "fingerprint.json"
-
-
-def fingerprint(settings: Mapping[str, Any], store: Store, training: Sequence[str], validation: Sequence[str]) -> str:
-    """Return the hash of what determines a training's result: settings, the fold's crops, the code's version.
-
-    Crops count by the digests of their voxels, so that one added crop changes only the trainings that use it, and how
-    the voxels lie on disk changes none.
-    """
-    crops = {
-        side: {
-            name: {
-                "content": store.crops[name]["content"],
-                "shape": list(store.shape(name)),
-                "table": store.crops[name]["table"],
-                "label_box": [list(store.crops[name][key]) for key in ("label_offset", "label_shape")],
-                "range": list(store.intensity_range(store.crops[name]["dataset"], settings["normalisation"])),
-            }
-            for name in names
-        }
-        for side, names in (("training", training), ("validation", validation))
-    }
-    begin = settings["init_from"]
-    return digest(
-        {
-            "settings": {key: value for key, value in settings.items() if key not in INERT_SETTINGS},
-            "init_from": file_digest(begin) if begin else None,
-            "crops": crops,
-            "classes_of_store": store.classes,
-            "voxel_nm": store.voxel_nm,
-            "version": RESULT_VERSIONS["train"],
-        }
-    )
+from cellmap_pipe.training.fingerprint import FINGERPRINT
 
 
 def best_path(run_dir: Path, step: int) -> Path:
