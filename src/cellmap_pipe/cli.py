@@ -1,5 +1,5 @@
-"""The command `cellmap-pipe`: fetch data, score, pack and check submissions, make a synthetic challenge, import a
-network's architecture, all without Snakemake.
+"""The command `cellmap-pipe`: check a site, say how a run stands, fetch data, score, pack and check submissions, make a
+synthetic challenge, import a network's architecture.
 
 Thin: every command calls one function of the library and prints what it returns. An error is one line on standard error
 and exit status 2; a submission with problems gives exit status 1.
@@ -104,6 +104,16 @@ def _phantom(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _status(arguments: argparse.Namespace) -> int:
+    from cellmap_pipe.cluster.status import as_json, as_text, status
+
+    if not arguments.directory.is_dir():
+        raise ConfigError(f"--directory {arguments.directory}: is no folder; give the one that holds results and runs")
+    found = status(arguments.directory)
+    _say(as_json(found) if arguments.json else as_text(found))
+    return 0
+
+
 def _import_architecture(arguments: argparse.Namespace) -> int:
     from cellmap_pipe.training.architecture import import_architecture
 
@@ -146,6 +156,23 @@ def _fetch(arguments: argparse.Namespace) -> int:
     record = fetch(out, recheck=arguments.recheck, **settings)
     _say(f"{arguments.root}: {len(record['crops']) + len(record['volumes'])} crops and volumes are whole; see {out}")
     return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from cellmap_pipe.cluster.doctor import Doctor, diagnose
+
+    if not Path("workflow/Snakefile").is_file():
+        raise ConfigError(f"{Path.cwd()} holds no workflow/Snakefile; run this in the project's folder")
+    return diagnose(
+        Doctor(
+            profile=arguments.profile,
+            configfiles=tuple(arguments.configfile),
+            folder=arguments.directory,
+            submit=arguments.submit,
+            wait_minutes=arguments.wait_minutes,
+        ),
+        _say,
+    )
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -270,7 +297,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cellmap-pipe",
         description=(
-            "Fetch data, score, pack and check submissions, make a synthetic challenge, import architectures of DiNTS."
+            "Check a site, say how a run stands, fetch data, score, pack and check submissions, make a synthetic "
+            "challenge, import architectures of DiNTS."
         ),
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -350,6 +378,32 @@ def build_parser() -> argparse.ArgumentParser:
     phantom.add_argument("root", type=Path, help="folder to write")
     phantom.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     phantom.set_defaults(run=_phantom)
+
+    status = commands.add_parser("status", help="show every training of a run: step, speed, score, and why it waits")
+    status.add_argument(
+        "--directory", type=Path, default=Path(), help="folder of `results` and `runs` (default: this one)"
+    )
+    status.add_argument("--json", action="store_true", help="as JSON, durations in seconds")
+    status.set_defaults(run=_status)
+
+    doctor = commands.add_parser("doctor", help="check a site before the first real job, and say what to edit")
+    doctor.add_argument(
+        "--profile", type=Path, default=Path("profiles/longleaf"), help="folder of the profile (default: %(default)s)"
+    )
+    doctor.add_argument("--configfile", type=Path, nargs="+", default=[], help="as Snakemake's")
+    doctor.add_argument(
+        "--directory", type=Path, default=Path(), help="as Snakemake's: where results are written (default: here)"
+    )
+    doctor.add_argument(
+        "--submit",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="send a job of a minute to each partition that the workflow uses (default: yes)",
+    )
+    doctor.add_argument(
+        "--wait-minutes", type=_positive, default=10.0, help="longest wait for it to start (default: %(default)g)"
+    )
+    doctor.set_defaults(run=_doctor)
 
     architecture = commands.add_parser(
         "import-architecture", help="write an architecture of DiNTS published by MONAI as JSON"

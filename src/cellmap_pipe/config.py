@@ -92,8 +92,8 @@ class Folds:
 class JobResources:
     """What a job asks of the machine: GPUs, CPU cores, memory of the first attempt in MB, walltime in minutes.
 
-    device: `auto`, or `cpu` for a job that computes on its cores although it has GPUs. gpu_gb: memory of one of its GPUs,
-    where it is known beforehand.
+    device: `auto`, or `cpu` for a job that computes on its cores although it has GPUs. gpu_gb: memory of one of its
+    GPUs, where it is known beforehand.
     """
 
     gpus: int

@@ -2,7 +2,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from cellmap_pipe.config import load_config
+from cellmap_pipe.config import RESULT_VERSIONS, load_config
 from cellmap_pipe.errors import ConfigError
 from cellmap_pipe.files import canonical_json
 
@@ -32,6 +32,12 @@ SOURCES = [*MODELS, "ensemble"]
 SHARDS = range(CONFIG.shards)
 FOLDS = CONFIG.folds.run
 VALIDATED_FOLDS = CONFIG.folds.validated
+# what the submission is made of, {} where there is none
+SUBMITTED = (
+    {"source": "ensemble", "fold": "all", "subset": "test"}
+    if CONFIG.data.volumes
+    else {}
+)
 # without validation crops there is nothing to tune on
 TUNED = CONFIG.segment["tune"] and bool(VALIDATED_FOLDS)
 
@@ -105,6 +111,7 @@ def require_data():
     fetching = {
         "fetch",
         "fetch_plan",
+        "plan",
         "results/fetch.json",
         "network_checks",
     }.intersection(sys.argv)
@@ -113,6 +120,21 @@ def require_data():
             f"data.root: '{root}' does not exist (looked in {Path.cwd()}); set data.root, in a file given by"
             " --configfile, to the folder that holds {dataset}/{dataset}.zarr"
         )
+
+
+def prepare_slurm():
+    """Stop, before any job, if Slurm would refuse the account of the jobs; mend its executor."""
+    if workflow.executor_plugin.name != "slurm":
+        return
+    from cellmap_pipe.cluster.account import check_accounts
+    from cellmap_pipe.cluster.executor import mend_executor
+
+    mend_executor()
+    accounts = [rule.resources.get("slurm_account") for rule in workflow.rules]
+    try:
+        check_accounts({account.raw for account in accounts if account})
+    except ConfigError as error:
+        refuse(error)
 
 
 def listing(wildcards):
@@ -125,7 +147,7 @@ def listing(wildcards):
 @cache
 def fetched():
     """Return a digest of what `snakemake fetch` copied: converted crops follow it; others are noticed by `-R convert`."""
-    from cellmap_pipe.fetch import fetch_digest
+    from cellmap_pipe.fetched import fetch_digest
 
     return fetch_digest(CONFIG.data.root)
 
@@ -226,15 +248,49 @@ def validation_probabilities(wildcards):
     return probabilities(wildcards.source, VALIDATED_FOLDS, "validation")
 
 
+def all_predictions(wildcards):
+    """Return the predictions behind all scores and, where there is one, behind the submission."""
+    wanted = {"validation": VALIDATED_FOLDS, "test": FOLDS if SUBMITTED else []}
+    return [
+        path
+        for subset, folds in wanted.items()
+        for model in MODELS
+        for path in (predictions(model, folds, subset)(wildcards) if folds else [])
+    ]
+
+
+def resolved_settings():
+    """Return what determines the results, by stage; most of it is a parameter of the stage's rule as well."""
+    grids, models = CONFIG.grids_in_use, {name: CONFIG.model(name) for name in MODELS}
+    return {
+        "versions": {stage: CONFIG.version(stage) for stage in RESULT_VERSIONS},
+        "crops": CONFIG.crop_settings(),
+        "convert": {grid: CONFIG.conversion_settings(grid) for grid in grids},
+        "quality": {grid: CONFIG.quality_settings(grid) for grid in grids},
+        "folds": CONFIG.fold_settings(),
+        "chunk": {grid: CONFIG.chunk_settings(grid) for grid in grids},
+        "train": {name: model.training_settings() for name, model in models.items()},
+        "predict": {
+            name: CONFIG.prediction_settings(name, "validation") for name in MODELS
+        },
+        "ensemble": CONFIG.ensemble_settings(),
+        "tune": CONFIG.tuning_settings(),
+        "segment": CONFIG.segmentation_settings(),
+        "evaluate": CONFIG.evaluation_settings(),
+    }
+
+
 def everything(wildcards):
     """Return what `all` makes: what needs validation crops or volumes is left out where there are none."""
-    targets = [*rules.training_curves.output]
+    targets = [*rules.training_curves.output, *rules.splits_page.output]
     targets += expand(rules.quality_page.output, grid=CONFIG.grids_in_use)
     targets += expand(rules.ceiling_page.output, grid=CONFIG.grids_in_use)
     targets += expand(rules.datafold.output, grid=CONFIG.grids_in_use)
     if VALIDATED_FOLDS:
-        targets += [*rules.compare.output]
+        targets += [*rules.compare.output, *rules.comparison_page.output]
         targets += expand(rules.predictions_page.output, fold=VALIDATED_FOLDS)
+        targets += expand(rules.examples_page.output, source=SOURCES)
+        targets += rules.provenance.output
     if TUNED:
         targets += rules.tuning_page.output
     if CONFIG.data.volumes:

@@ -1,0 +1,119 @@
+"""A Slurm site as Slurm describes it: partitions, their nodes and GPUs, and what the user may use."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cellmap_pipe.cluster.slurm import SlurmError, ask
+
+# A node in these states takes no job before somebody has looked after it.
+OUT_OF_USE = ("down", "drain", "fail", "error", "unknown", "maint", "future", "inval")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine: CPU cores, memory in MB, and its GPUs by type (in small letters, as Slurm compares them)."""
+
+    name: str
+    state: str
+    cpus: int
+    mem_mb: int
+    gpus: Mapping[str, int]
+
+    @property
+    def in_use(self) -> bool:
+        return not any(word in self.state for word in OUT_OF_USE)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A queue. max_minutes: None = no limit. qos, accounts: those it is open to, None = all."""
+
+    name: str
+    up: bool
+    max_minutes: float | None
+    qos: tuple[str, ...] | None
+    accounts: tuple[str, ...] | None
+    nodes: tuple[Node, ...]
+
+    @property
+    def gpu_types(self) -> tuple[str, ...]:
+        """The types of GPU in the partition, each once."""
+        return tuple(dict.fromkeys(name for node in self.nodes for name in node.gpus))
+
+
+@dataclass(frozen=True)
+class Association:
+    """What a user may charge: an account, perhaps in one partition only, with these QOS."""
+
+    account: str
+    partition: str
+    qos: tuple[str, ...]
+
+
+def minutes(text: str) -> float | None:
+    """Return a time limit of Slurm's ([days-]hours:minutes:seconds, or minutes) in minutes; None = no limit."""
+    if text in ("UNLIMITED", "INFINITE", "NONE", ""):
+        return None
+    days, _, clock = text.rpartition("-")
+    fields = [float(field) for field in clock.split(":")]
+    if days:
+        fields += [0.0] * (3 - len(fields))  # hours first
+    elif len(fields) == 1:
+        fields = [0.0, *fields, 0.0]
+    elif len(fields) == 2:
+        fields = [0.0, *fields]
+    hours, mins, seconds = fields
+    return 1440 * float(days or 0) + 60 * hours + mins + seconds / 60
+
+
+def gpus_of(gres: str) -> dict[str, int]:
+    """Return the number of GPUs by type in Slurm's list of generic resources: gpu:l40s:8(S:0-1) -> {l40s: 8}."""
+    found: dict[str, int] = {}
+    for kind, number in re.findall(r"(?:^|,)gpu:(?:([^:,()]+):)?(\d+)", gres):
+        found[kind.lower()] = found.get(kind.lower(), 0) + int(number)
+    return found
+
+
+def partitions() -> dict[str, Partition]:
+    """Return the partitions by name. Raises SlurmError if Slurm does not answer."""
+    nodes: dict[str, list[Node]] = {}
+    for line in ask("sinfo", "--noheader", "--Node", "--format=%R|%N|%T|%c|%m|%G").splitlines():
+        partition, name, state, cpus, memory, gres = line.split("|")
+        node = Node(name, state.lower(), _number(cpus), _number(memory), gpus_of(gres))
+        nodes.setdefault(partition, []).append(node)
+    found = {}
+    for line in ask("scontrol", "--oneliner", "show", "partition").splitlines():
+        values = dict(re.findall(r"(\w+)=(\S*)", line))
+        if title := values.get("PartitionName"):
+            found[title] = Partition(
+                name=title,
+                up=values.get("State", "UP") == "UP",
+                max_minutes=minutes(values.get("MaxTime", "")),
+                qos=_allowed(values.get("AllowQos", "ALL")),
+                accounts=_allowed(values.get("AllowAccounts", "ALL")),
+                nodes=tuple(nodes.get(title, ())),
+            )
+    return found
+
+
+def associations(user: str) -> list[Association] | None:
+    """Return what the user may charge; None where the site keeps no accounts, or does not tell."""
+    try:
+        listed = ask(
+            *["sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={user}"],
+            "format=account,partition,qos",
+        )
+    except SlurmError:
+        return None
+    rows = [line.split("|") for line in listed.splitlines() if line.count("|") == 2]
+    return [Association(row[0], row[1], tuple(filter(None, row[2].split(",")))) for row in rows] or None
+
+
+def _allowed(text: str) -> tuple[str, ...] | None:
+    return None if text in ("ALL", "") else tuple(text.split(","))
+
+
+def _number(text: str) -> int:
+    """Return a number of sinfo's, which marks the least of several by a +."""
+    return int(re.match(r"\d*", text)[0] or 0)  # type: ignore[index]

@@ -1,0 +1,170 @@
+"""What the doctor reads from Slurm and Snakemake, and what it makes of a node's answer."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cellmap_pipe.cluster.doctor import FAILED, OK, WARNING, Doctor, diagnose, probe_findings
+from cellmap_pipe.cluster.requests import Request, local_rules, parse_plan, read_profile, requests, sbatch_command
+from cellmap_pipe.cluster.site import gpus_of, minutes
+from cellmap_pipe.errors import ConfigError
+from cellmap_pipe.training.probe import probe
+
+ROOT = Path(__file__).parents[2]
+LONGLEAF = ROOT / "profiles/longleaf"
+
+ANSWER = {
+    "host": "g1",
+    "time": 1000.0,
+    "python_version": "3.11.7",
+    "token": "abc",
+    "visible": "0",
+    "driver": "550.1",
+    "torch": "2.13.0",
+    "cuda": "12.8",
+    "gpus": [{"name": "NVIDIA L40S", "memory_gb": 47.7, "float32": True, "bfloat16": True}],
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("11-00:00:00", 15840), ("01:30:00", 90), ("30", 30), ("90:30", 90.5), ("1-12", 2160), ("UNLIMITED", None)],
+)
+def test_time_limits_are_read_as_slurm_writes_them(text, expected):
+    assert minutes(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("gpu:l40s:8", {"l40s": 8}),
+        ("gpu:L40S:8(S:0-1)", {"l40s": 8}),
+        ("lustre:1,gpu:a100:4(IDX:0-3),gpu:v100:2", {"a100": 4, "v100": 2}),
+        ("gpu:4", {"": 4}),
+        ("(null)", {}),
+    ],
+)
+def test_gpus_are_counted_by_type(text, expected):
+    assert gpus_of(text) == expected
+
+
+def test_jobs_that_ask_for_the_same_are_one_request_and_local_rules_are_none(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = requests(LONGLEAF)
+    by_rule = {request.rule: request for request in found}
+    assert by_rule["train"].jobs == 4
+    assert by_rule["train"].text("slurm_partition") == "l40-gpu"
+    assert by_rule["convert"].jobs == 32
+    assert by_rule["convert"].cpus == 8  # its threads, which the machine that plans may not have
+    assert "quality" not in by_rule and "all" not in by_rule
+
+
+def test_the_local_rules_are_those_of_snakemake():
+    found = local_rules(ROOT / "workflow")
+    assert {"all", "crops", "quality", "folds", "verify"} <= found
+    assert not {"train", "predict", "convert", "evaluate"} & found
+
+
+def test_a_plan_is_read_with_its_extra_options():
+    text = (
+        "rule train:\n    input: a\n    threads: 16\n"
+        "    resources: tmpdir=/tmp, mem_mb=<TBD>, gpu=2, slurm_extra=--reservation=mine --nice=5, qos=gold\n"
+    )
+    (found,) = parse_plan(text)
+    assert found == Request("train", 16, {"gpu": 2, "slurm_extra": "--reservation=mine --nice=5", "qos": "gold"}, 1)
+
+
+def test_sbatch_is_asked_for_what_the_profile_says(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    train = next(request for request in requests(LONGLEAF) if request.rule == "train")
+    command = sbatch_command(train, read_profile(LONGLEAF))
+    for words in (
+        ["-A", "your_account"],
+        ["-p", "l40-gpu"],
+        ["-t", "5760"],
+        ["--mem", "96000"],
+        ["--qos=gpu_access"],
+        ["--nodes=1"],
+        ["--cpus-per-task=16"],
+        ["--gpus=l40s:2"],
+        ["--requeue"],
+    ):
+        assert " ".join(words) in " ".join(command)
+    assert "--ntasks-per-gpu" not in " ".join(command)
+
+
+def test_options_that_the_plugin_refuses_are_named_with_their_rule():
+    with pytest.raises(ConfigError, match=r"set-resources of rule train: .*quality of service"):
+        sbatch_command(Request("train", 1, {"slurm_extra": "--qos=gold"}, 1), {})
+
+
+def test_every_rule_with_gpus_is_sent_to_the_gpu_partition():
+    text = "".join(path.read_text() for path in (ROOT / "workflow/rules").glob("*.smk"))
+    rules = {block.split(":")[0] for block in text.split("\nrule ")[0:] if "\n        gpu=" in block}
+    rules = {name.removeprefix("rule ").strip() for name in rules}
+    assert rules == {"train", "predict", "search_dints"}
+    sent = yaml.safe_load((LONGLEAF / "config.v9+.yaml").read_text())["set-resources"]
+    assert {name for name, entry in sent.items() if entry["slurm_partition"] == "l40-gpu"} == rules
+
+
+def test_a_sound_node_is_ok():
+    assert [finding.outcome for finding in probe_findings(ANSWER, "abc", 1, 999.0, 1001.0, "node")] == [OK, OK]
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpus", "outcome", "said"),
+    [
+        ({"token": "old"}, 1, FAILED, "use a shared file system"),
+        ({"time": 1100.0}, 1, WARNING, "is 99 s off"),
+        ({"time": 900.0}, 1, WARNING, "is 99 s off"),
+        ({"fault": "ImportError: libcudnn"}, 1, FAILED, "libcudnn"),
+        ({"gpus": [], "cuda": None}, 1, FAILED, "install its CUDA build"),
+        ({}, 2, FAILED, "2 asked for, 1 seen"),
+        ({"gpus": [{**ANSWER["gpus"][0], "bfloat16": False}]}, 1, WARNING, "train.amp: none"),
+        ({"gpus": [{**ANSWER["gpus"][0], "float32": False, "fault": "no kernel"}]}, 1, FAILED, "no kernel"),
+    ],
+)
+def test_what_a_node_lacks_is_told_with_the_remedy(changes, gpus, outcome, said):
+    findings = list(probe_findings({**ANSWER, **changes}, "abc", gpus, 999.0, 1001.0, "node"))
+    assert any(finding.outcome == outcome and said in finding.said for finding in findings)
+
+
+def test_the_probe_tells_of_this_machine(tmp_path):
+    token = tmp_path / "token"
+    token.write_text("abc")
+    found = probe(token)
+    assert found["token"] == "abc"
+    assert found["torch"] and found["cpus"] >= 1 and "fault" not in found
+    assert "token_fault" in probe(tmp_path / "missing")
+
+
+def test_a_workstation_is_checked_without_slurm(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"data: {{root: {tmp_path}/nothing}}\nmodels: [unet_3d]\n")
+    quality = tmp_path / "results/quality/8nm/crops.csv"
+    quality.parent.mkdir(parents=True)
+    # the predictions of such a crop would fill any disk
+    quality.write_text("crop,verdict,shape,train_mb,predict_mb\nx/crop1,keep,90000;90000;90000,50,300\n")
+    lines: list[str] = []
+    status = diagnose(Doctor(ROOT / "profiles/local", (config,), folder=tmp_path), lines.append)
+    text = "\n".join(lines)
+    assert status == 1
+    assert "not checked Slurm" in text
+    assert "this machine: " in text and "torch" in text
+    assert re.search(r"FAILED +plan: .* GB will be written and .* GB are free; make room", text)
+    assert "nothing does not exist; set data.root" in text
+
+
+def test_a_profile_that_is_not_there_is_named(tmp_path):
+    (finding,) = Doctor(tmp_path).findings()
+    assert finding.outcome == FAILED and "give the folder of one by --profile" in finding.said
+
+
+def test_the_scripts_of_the_profile_are_shell(tmp_path):
+    for script in (LONGLEAF / "head.sh", LONGLEAF / "bin/sbatch"):
+        subprocess.run(["bash", "-n", str(script)], check=True, timeout=10)
+        assert script.stat().st_mode & 0o111
