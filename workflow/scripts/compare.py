@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellmap_pipe.log import job
-from cellmap_pipe.report.figures import class_scores, ensemble_gain
+from cellmap_pipe.report.figures import class_scores
 from cellmap_pipe.report.tables import write_scores
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ with job(snakemake):
         snakemake.input.ceilings,
         Path(snakemake.output.table),
         Path(snakemake.output.page),
+        out_crops=Path(snakemake.output.crops),
         folds_csv=snakemake.input.folds,
     )
     class_scores(
@@ -25,4 +26,3 @@ with job(snakemake):
         metrics_jsons=snakemake.input.metrics,
         ceiling_jsons=snakemake.input.ceilings,
     )
-    ensemble_gain(snakemake.input.scores, Path(snakemake.output.gain))

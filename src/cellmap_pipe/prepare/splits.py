@@ -78,7 +78,7 @@ def write_folds(
     grouped_by is `group`, or "datasplit".
     Raises ConfigError, naming the crops, if they cannot be divided so, and for an unknown dataset in `specimens`.
     """
-    crops = _crops(crops_csv)
+    crops = crops_with_boxes(crops_csv)
     annotated = {crop.name: crop.annotated for crop in crops}
     if datasplit:
         folds = read_datasplit(datasplit, crops)
@@ -287,7 +287,7 @@ def _word(side: int) -> str:
     return "validation" if side == VALIDATION else "training"
 
 
-def _crops(path: str | os.PathLike[str]) -> list[Crop]:
+def crops_with_boxes(path: str | os.PathLike[str]) -> list[Crop]:
     crops = []
     for row in read_crops(str(path)):
         annotated = tuple(name for name in row["annotated"].split(";") if name)

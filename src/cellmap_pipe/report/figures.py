@@ -1,6 +1,5 @@
-"""The report's charts: training curves, scores per class, and what the ensemble gains."""
+"""The report's charts: courses of the trainings and what they took, scores per class, differences between models."""
 
-import csv
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,11 +12,15 @@ from matplotlib.figure import Figure
 
 from cellmap_pipe.classes import CLASSES
 from cellmap_pipe.colours import SERIES, colour_of
-from cellmap_pipe.files import read_json
+from cellmap_pipe.evaluation.paired import compare_sources
 from cellmap_pipe.report.canvas import drawing, write_message
 from cellmap_pipe.report.ceiling import read_ceilings
+from cellmap_pipe.report.comparison import VERDICTS_SHOWN, pooled_records
 from cellmap_pipe.report.tables import ENSEMBLE, Scores, grid_ceiling, read_metrics, read_scores
+from cellmap_pipe.report.training import Run, equal_budget, read_runs
 from cellmap_pipe.report.versions import rules_name
+from cellmap_pipe.training.alarms import MOST_WAITING
+from cellmap_pipe.training.usage import Usage
 
 Path = str | os.PathLike[str]
 
@@ -37,36 +40,21 @@ def _series(names: Sequence[str]) -> dict[str, str]:
     return {name: SERIES[index % len(SERIES)] for index, name in enumerate(models)} | {ENSEMBLE: "#000000"}
 
 
-def _columns(path: Path) -> dict[str, np.ndarray]:
-    """Return the columns of a history.csv as float arrays, NaN where a cell is empty."""
-    with open(path, newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    names = list(rows[0]) if rows else []
-    return {name: np.array([float(row[name]) if row[name] else np.nan for row in rows]) for name in names}
-
-
 def training_curves(histories: Sequence[Path], metrics: Sequence[Path], out: Path) -> None:
     """Draw loss, validation Dice and learning rate of all runs over their optimiser steps.
 
     histories, metrics: history.csv and metrics.json of the same runs in the same order. A model has a colour, a fold a
     line style; a marker shows the checkpoint that was kept, a tick at the left edge the untrained network's Dice.
     """
-    runs = [
-        (read_json(metric, "run `snakemake -R train`"), _columns(history))
-        for history, metric in zip(histories, metrics, strict=True)
-    ]
+    runs = read_runs(histories, metrics)
     if not runs:
         write_message(out, "No run yet.")
         return
-    models = list(dict.fromkeys(str(metric["model"]) for metric, _ in runs))
-    folds = list(dict.fromkeys(str(metric["fold"]) for metric, _ in runs))
-    colours = _series(models)
+    styles = _styles(runs)
     with drawing(out, (12.0, 3.4 + 0.16 * max(0, len(runs) - 8))) as figure:
         loss, dice, rate = figure.subplots(1, 3)
-        for metric, history in runs:
-            _draw_run(
-                metric, history, (loss, dice, rate), colours, _LINES[folds.index(str(metric["fold"])) % len(_LINES)]
-            )
+        for run, style in zip(runs, styles, strict=True):
+            _draw_run(run, (loss, dice, rate), style)
         loss.set(title="Training loss", xlabel="step", ylabel="loss (no unit)")
         loss.set_ylim(bottom=0)
         dice.set(title="Validation", xlabel="step", ylabel="mean Dice over classes (no unit)", ylim=(0, 1))
@@ -78,17 +66,21 @@ def training_curves(histories: Sequence[Path], metrics: Sequence[Path], out: Pat
         figure.legend(*dice.get_legend_handles_labels(), loc="outside right upper")
 
 
-def _draw_run(
-    metric: Mapping[str, Any],
-    history: Mapping[str, np.ndarray],
-    panels: tuple[Axes, Axes, Axes],
-    colours: Mapping[str, str],
-    line: Any,
-) -> None:
+def _styles(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return how each run's line is drawn: a colour for its model, a line style for its fold."""
+    colours = _series(list(dict.fromkeys(run.model for run in runs)))
+    folds = list(dict.fromkeys(run.fold for run in runs))
+    return [
+        {"color": colours[run.model], "linestyle": _LINES[folds.index(run.fold) % len(_LINES)], "linewidth": 1.5}
+        for run in runs
+    ]
+
+
+def _draw_run(run: Run, panels: tuple[Axes, Axes, Axes], style: Mapping[str, Any]) -> None:
     loss, dice, rate = panels
-    style = {"color": colours[str(metric["model"])], "linestyle": line, "linewidth": 1.5}
+    metric, history = run.metrics, run.history
     steps = history.get("step", np.zeros(0))
-    label = f"{metric['model']}, fold {metric['fold']}"
+    label = _label(run)
     for axes, name in ((loss, "loss"), (rate, "lr")):
         values = history.get(name, np.full(len(steps), np.nan))
         filled = np.isfinite(values)
@@ -107,6 +99,123 @@ def _draw_run(
         )
     if metric.get("untrained_mean_dice") is not None:
         dice.plot(0, metric["untrained_mean_dice"], marker="_", markersize=14, color=style["color"], clip_on=False)
+
+
+def _label(run: Run) -> str:
+    return f"{run.model}, fold {run.fold}"
+
+
+def training_usage(runs: Sequence[Run], out: Path, *, points: int = 120) -> None:
+    """Draw speed, waiting for data and memory of all runs over their optimiser steps, as their usage.csv tells.
+
+    Long runs are averaged to at most `points` points. A run directory without usage.csv has no line.
+    """
+    measured = [
+        (run, style) for run, style in zip(runs, _styles(runs), strict=True) if any(line.steps for line in run.usage)
+    ]
+    if not measured:
+        write_message(out, "No training has noted its speed and memory (usage.csv in its run directory).")
+        return
+    with drawing(out, (12.0, 3.4 + 0.16 * max(0, len(measured) - 8))) as figure:
+        speed, waiting, memory = figure.subplots(1, 3)
+        for run, style in measured:
+            steps, (rate, share, host, gpu) = _course(run.usage, points)
+            for axes, line in zip((speed, waiting, memory), (rate, share, host), strict=True):
+                # a short run may be a single point; in long ones markers would be most of the file
+                axes.plot(steps, line, label=_label(run), marker="." if len(steps) < 20 else "", markersize=4, **style)
+            if np.isfinite(gpu).any():
+                memory.plot(steps, gpu, marker="x", markersize=4, markevery=max(1, len(steps) // 10), **style)
+        speed.set(title="Speed", xlabel="step", ylabel="patches per second, all processes")
+        waiting.set(title="Waiting for data", xlabel="step", ylabel="share of the steps' time (%)", ylim=(0, 100))
+        waiting.axhline(100 * MOST_WAITING, color="#666666", linewidth=1.0, linestyle=(0, (1, 1)))
+        memory.set(
+            title="Memory so far (x: of the GPU)", xlabel="step", ylabel="most memory of the first process (GiB)"
+        )
+        for axes in (speed, waiting, memory):
+            axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+            axes.set_xlim(left=0)
+        speed.set_ylim(bottom=0)
+        memory.set_ylim(bottom=0)
+        figure.legend(*speed.get_legend_handles_labels(), loc="outside right upper")
+
+
+def _course(usage: Sequence[Usage], points: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return steps (n,) and patches/s, waiting (%), memory and GPU memory so far in GiB (4, n), n at most `points`.
+
+    In the order of the lines: where a kill lost some work the steps go back. GPU memory is NaN without a GPU.
+    """
+    lines = [line for line in usage if line.steps]
+    parts = np.array_split(np.arange(len(lines)), min(points, len(lines)))
+    chunks = [[lines[i] for i in part] for part in parts]
+    seconds = np.array([max(sum(line.seconds for line in chunk), 1e-3) for chunk in chunks])
+    host = [max(line.memory_gib for line in chunk) for chunk in chunks]
+    gpu = [max((x for line in chunk if (x := line.gpu_memory_gib) is not None), default=np.nan) for chunk in chunks]
+    values = [
+        np.array([sum(line.patches for line in chunk) for chunk in chunks]) / seconds,
+        100 * np.array([sum(line.waiting * line.seconds for line in chunk) for chunk in chunks]) / seconds,
+        np.array(host),
+        np.array(gpu),
+    ]
+    return np.array([chunk[-1].step for chunk in chunks]), np.array(values)
+
+
+def budgets(runs: Sequence[Run], out: Path) -> None:
+    """Draw the smoothed validation Dice of all runs over steps and over hours, and where their common budget ends."""
+    budget = equal_budget(runs)
+    if not budget.runs:
+        write_message(out, "No training was validated.")
+        return
+    with drawing(out, (12.0, 3.8 + 0.16 * max(0, len(budget.runs) - 9))) as figure:
+        by_steps, by_hours = figure.subplots(1, 2, sharey=True)
+        for run, style in zip(budget.runs, _styles(budget.runs), strict=True):
+            steps, dice = run.validations()
+            by_steps.plot(steps, dice, label=_label(run), marker=".", markersize=4, **style)
+            hours = run.hours_at(steps)
+            if budget.hours is not None and hours is not None:
+                by_hours.plot(hours, dice, marker=".", markersize=4, **style)
+        kind = "GPU hours" if any(run.on_gpu for run in budget.runs) else "CPU hours (hours x processes)"
+        by_steps.set(title="Over steps", xlabel="step", ylabel="smoothed mean Dice (no unit)", ylim=(0, 1))
+        by_hours.set(title="Over hours", xlabel=kind if budget.hours is not None else "hours")
+        for axes, limit in ((by_steps, budget.steps), (by_hours, budget.hours)):
+            axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+            axes.set_xlim(left=0)
+            if limit is not None:
+                axes.axvline(limit, color="black", linewidth=1.0, linestyle=(0, (1, 1)))
+                axes.text(limit, 1.0, "reached by all ", ha="right", va="top", fontsize=7)
+        if budget.hours is None:
+            by_hours.text(0.5, 0.5, budget.note, ha="center", va="center", wrap=True, transform=by_hours.transAxes)
+            by_hours.set_xticks([])
+        figure.legend(*by_steps.get_legend_handles_labels(), loc="outside right upper")
+
+
+def differences(score_jsons: Sequence[Path], out: Path) -> None:
+    """Draw how far every source is behind the best one, with both intervals of the difference, by the official rules.
+
+    Ties are grey: 0, the best source's own line, lies in their interval.
+    """
+    comparison = compare_sources(pooled_records(read_scores(score_jsons)))
+    if not comparison.differences:
+        write_message(out, "Nothing to compare: two sources must be scored on the same crops.")
+        return
+    best = comparison.order[0]
+    behind = [each for each in comparison.differences if each.first == best]
+    rows = np.arange(1, len(behind) + 1)
+    with drawing(out, (8.5, 1.6 + 0.32 * (len(behind) + 1))) as figure:
+        axes = figure.subplots()
+        axes.axvline(0, color="black", linewidth=1.0)
+        axes.plot(0, 0, marker="D", markersize=6, color="black")
+        for row, each in zip(rows, behind, strict=True):
+            colour = VERDICTS_SHOWN[each.verdict]
+            axes.hlines(row, -each.high_all, -each.low_all, color=colour, linewidth=1.2)
+            axes.hlines(row, -each.high, -each.low, color=colour, linewidth=4.5)
+            axes.plot(-each.difference, row, marker="|", markersize=13, markeredgewidth=2, color="black")
+        axes.set_yticks([0, *rows], [best, *(f"{each.second}\n{each.verdict}" for each in behind)], fontsize=8)
+        axes.set_ylim(len(behind) + 0.5, -0.5)
+        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.set_xlabel(f"overall score less that of {best} on the same {comparison.crops} crops (no unit)")
+        axes.set_ylabel("source")
+        axes.set_title("95 % intervals: thick of one pair, thin of all pairs at once")
 
 
 def _by_source(score_jsons: Sequence[Path]) -> dict[str, list[Scores]]:

@@ -1,4 +1,4 @@
-"""The report's images: EM, truth and predictions of the best and the worst validation crops."""
+"""Planes of validation crops: EM, truth and predictions; and the figure that puts all sources side by side."""
 
 import math
 import os
@@ -77,7 +77,7 @@ def predictions(
     more than four sources only the ensemble and the best three are drawn.
     """
     sources = [
-        _Source(scores, _segmented(path), FilePath(path).parent)
+        _Source(scores, segmented(path), FilePath(path).parent)
         for scores, path in zip(read_scores(score_jsons), segment_jsons, strict=True)
     ]
     shown = sorted(sources, key=lambda source: (source.scores.source != ENSEMBLE, -(source.scores.mean_dice or 0)))[:4]
@@ -106,7 +106,8 @@ def predictions(
         class_legend(figure, _seen([masks for example in drawn for masks in (example.truth, *example.answers)]))
 
 
-def _segmented(segment_json: Path) -> dict[str, Mapping[str, Any]]:
+def segmented(segment_json: Path) -> dict[str, Mapping[str, Any]]:
+    """Return the records of the volumes that were segmented, by name. Raises ContractError for an unreadable file."""
     records = read_json(segment_json, "run `snakemake -R segment`")["records"]
     return {str(record["name"]): record for record in records if record["status"] == "ok"}
 
@@ -153,10 +154,10 @@ def _example(
     step = thinned(max(target.shape[1:]), _PANEL)
     plane = target.window((middle, 0, 0), (1, *target.shape[1:]))
     annotated = sorted({str(record["label"]) for record in lead.scores.content["records"] if record["crop"] == name})
-    truth, known = _truth_plane(data_root / crop["labels"], annotated, plane, step)
+    truth, known = truth_plane(data_root / crop["labels"], annotated, plane, step)
     return _Example(
         f"{name}, {place}\nmean Dice {dice:.3f} ({lead.scores.source}), z = {plane.translation_nm[0]:,.0f} nm",
-        grey(read_em(read_image(data_root / crop["em"]), plane, max_upsample=math.inf).image[0, ::step, ::step]),
+        em_plane(data_root / crop["em"], plane, step),
         truth,
         known,
         [_answer_plane(source, name, annotated, middle, step) for source in sources],
@@ -168,15 +169,24 @@ def _answer_plane(source: _Source, crop: str, annotated: Sequence[str], z: int, 
     """Return the masks (y, x) of the classes that a source segmented in plane `z` of a crop, {} if it did not."""
     if crop not in source.segments:
         return {}
-    store = source.folder / source.segments[crop]["path"]
+    return answer_plane(source.folder / source.segments[crop]["path"], annotated, z, step)
+
+
+def em_plane(em: FilePath, plane: Lattice, step: int) -> np.ndarray:
+    """Return every `step`-th voxel (y, x) of the EM image at `em` on a lattice of one plane, as float32 in 0..1."""
+    return grey(read_em(read_image(em), plane, max_upsample=math.inf).image[0, ::step, ::step])
+
+
+def answer_plane(store: FilePath, classes: Sequence[str], z: int, step: int) -> dict[str, np.ndarray]:
+    """Return the masks of those `classes` that a segmented volume has (y, x), on every `step`-th voxel of plane `z`."""
     return {
         name: np.asarray(zarr.open_array(store / name / MASK_ARRAY, mode="r")[z, ::step, ::step]) > 0
-        for name in annotated
+        for name in classes
         if (store / name).is_dir()
     }
 
 
-def _truth_plane(
+def truth_plane(
     labels: FilePath, annotated: Sequence[str], plane: Lattice, step: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Return the masks of the annotated classes (y, x) on every `step`-th voxel of a plane, and where any is known."""

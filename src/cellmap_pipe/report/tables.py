@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 from cellmap_pipe.classes import CLASSES, TESTED, score_ceiling
 from cellmap_pipe.colours import colour_of
 from cellmap_pipe.evaluation.challenge import aggregate
+from cellmap_pipe.evaluation.paired import kinds_score
 from cellmap_pipe.evaluation.rules import CLEAN
 from cellmap_pipe.files import read_json, write_text
 from cellmap_pipe.prepare.splits import describe_folds
@@ -19,6 +21,7 @@ from cellmap_pipe.report.pages import Cell, Column, Content, folded, heading, pa
 from cellmap_pipe.report.versions import rules_name, rules_sentences
 
 Path = str | os.PathLike[str]
+Record = Mapping[str, Any]
 
 OVERALL = "overall"
 ENSEMBLE = "ensemble"
@@ -45,6 +48,20 @@ SCORE_COLUMNS: tuple[Column, ...] = (
     Column("parameters", "d", "weights of the network"),
     Column("steps", "d", "optimiser steps"),
     Column("rules", hint="version of the scoring rules"),
+)
+
+CROP_COLUMNS = tuple("source fold crop voxel_nm classes dice instance semantic score score_clean rules".split())
+
+VOXEL_COLUMNS: tuple[Column, ...] = (
+    Column("voxel edge (nm)", ".4g", "cube root of the voxel's volume"),
+    Column("voxel (z y x, nm)", hint="voxels of the labels, on which predictions are scored"),
+    Column("source"),
+    Column("crops", "d", "validation crops of this voxel size, of all folds"),
+    Column("classes", "d", "classes that these crops annotate"),
+    Column("instance", ".3f", "mean score over the instance classes, pooled over these crops"),
+    Column("semantic", ".3f", "mean score over the semantic classes, pooled over these crops"),
+    Column("score", ".3f", "geometric mean of both kinds, or the score of the only kind that occurs"),
+    Column("score_clean", ".3f", "the same by the rules 'clean', without the official evaluator's artefacts"),
 )
 
 # Columns that are empty in the rows of classes, and in the overall rows.
@@ -82,6 +99,11 @@ class Scores:
         """Mean Dice over the classes that occur."""
         value = self.content["mean_dice"]
         return None if value is None else float(value)
+
+    def clean_records(self) -> list[Record]:
+        """Return the records by the rules 'clean', where they do not differ those by the official ones."""
+        differing = {(entry["crop"], entry["label"]): entry for entry in self.content["clean_records"]}
+        return [differing.get((entry["crop"], entry["label"]), entry) for entry in self.content["records"]]
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -199,7 +221,8 @@ def _mean_rows(by_fold: Sequence[Sequence[ScoreRow]]) -> list[ScoreRow]:
     return means
 
 
-def _as_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+def as_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return rows as CSV with a header, numbers with six digits, None as an empty cell."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, lineterminator="\n")
     writer.writeheader()
@@ -215,9 +238,12 @@ def write_scores(
     out_csv: Path,
     out_html: Path,
     *,
+    out_crops: Path | None = None,
     folds_csv: Path | None = None,
 ) -> None:
     """Write the table of scores as CSV, and as a sortable HTML page that needs nothing but itself.
+
+    out_crops: CSV of the scores of each crop by itself (`crop_rows`).
 
     score_jsons: `scores/{source}/fold{k}.json`; metrics_jsons: `train/{model}/fold{k}/metrics.json`; ceiling_jsons:
     `ceiling/{grid}/shard{n}.json` of all grids in use; folds_csv: the fold table, described on the page.
@@ -225,18 +251,150 @@ def write_scores(
     """
     scores, metrics = read_scores(score_jsons), read_metrics(metrics_jsons)
     rows = score_rows(scores, metrics, read_ceilings(ceiling_jsons))
-    write_text(out_csv, _as_csv([column.name for column in SCORE_COLUMNS], rows))
+    write_text(out_csv, as_csv([column.name for column in SCORE_COLUMNS], rows))
+    by_crop = crop_rows(scores)
+    if out_crops is not None:
+        write_text(out_crops, as_csv(CROP_COLUMNS, by_crop))
     learned = {str(name) for content in metrics.values() for name in content["classes"]}
-    write_text(out_html, _scores_page(scores, rows, learned, describe_folds(folds_csv) if folds_csv else ""))
+    division = describe_folds(folds_csv) if folds_csv else ""
+    write_text(out_html, _scores_page(scores, rows, by_crop, learned, division))
 
 
-def _scores_page(scores: Sequence[Scores], rows: Sequence[ScoreRow], learned: Collection[str], division: str) -> str:
+def crop_rows(scores: Sequence[Scores]) -> list[ScoreRow]:
+    """Return what each source scores in each crop by itself, by both rules; keys are CROP_COLUMNS.
+
+    A crop without classes of a kind counts by the other kind (`kinds_score`); dice is the mean over its classes.
+    """
+    rows: list[ScoreRow] = []
+    for entry in scores:
+        official, clean = _by_crop(entry.content["records"]), _by_crop(entry.clean_records())
+        for crop in sorted(official):
+            records = official[crop]
+            kinds = _kind_scores(records)
+            dice = [float(record["dice"]) for record in records if record.get("dice") is not None]
+            rows.append(
+                {
+                    "source": entry.source,
+                    "fold": entry.fold,
+                    "crop": crop,
+                    "voxel_nm": ";".join(f"{size:g}" for size in _voxel_nm(records)),
+                    "classes": len({record["label"] for record in records}),
+                    "dice": fmean(dice) if dice else None,
+                    **kinds,
+                    "score": kinds_score(records),
+                    "score_clean": kinds_score(clean[crop]),
+                    "rules": rules_name(entry.content["rules"]),
+                }
+            )
+    return rows
+
+
+def _by_crop(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Return the records that were scored, by crop."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        if record["status"] != "failed":
+            found.setdefault(str(record["crop"]), []).append(record)
+    return found
+
+
+def _voxel_nm(records: Iterable[Record]) -> tuple[float, ...]:
+    """Return the voxel size (z, y, x) of the labels, () where the records do not tell."""
+    return next((tuple(map(float, record["voxel_size"])) for record in records if record.get("voxel_size")), ())
+
+
+def _kind_scores(records: Sequence[Record]) -> dict[str, float | None]:
+    """Return the mean scores over the instance and over the semantic classes, None where there is none of a kind."""
+    by_class = aggregate(records)["label_scores"].values()
+    values = {
+        kind: [float(entry[key]) for entry in by_class if key in entry]
+        for kind, key in (("instance", "combined_score"), ("semantic", "iou"))
+    }
+    return {kind: fmean(found) if found else None for kind, found in values.items()}
+
+
+def _voxel_rows(scores: Sequence[Scores]) -> list[list[Content]]:
+    """Return what each source scores over the crops of each voxel size, the finest first; columns: VOXEL_COLUMNS."""
+    pools: dict[tuple[tuple[float, ...], str], tuple[list[Record], list[Record]]] = {}
+    for entry in scores:
+        clean = _by_crop(entry.clean_records())
+        for crop, records in _by_crop(entry.content["records"]).items():
+            official_pool, clean_pool = pools.setdefault((_voxel_nm(records), entry.source), ([], []))
+            official_pool += records
+            clean_pool += clean[crop]
+    order = list(dict.fromkeys(entry.source for entry in scores))
+    return [
+        [
+            math.prod(voxel) ** (1 / 3) if voxel else None,
+            " x ".join(f"{size:g}" for size in voxel),
+            source,
+            len({record["crop"] for record in official}),
+            len({record["label"] for record in official}),
+            *_kind_scores(official).values(),
+            kinds_score(official),
+            kinds_score(clean_pool),
+        ]
+        for (voxel, source), (official, clean_pool) in sorted(
+            pools.items(), key=lambda item: (math.prod(item[0][0]), item[0][0], order.index(item[0][1]))
+        )
+    ]
+
+
+def _crop_tables(by_crop: Sequence[ScoreRow], rules: Sequence[str]) -> list[str]:
+    """Return a row per crop with a column per source: by the official rules, and, folded, by the rules 'clean'."""
+    sources = list(dict.fromkeys(str(row["source"]) for row in by_crop))
+    found = {(row["crop"], row["source"]): row for row in by_crop}
+    crops = sorted({str(row["crop"]): row for row in by_crop}.items())
+    first = [
+        Column("crop"),
+        Column("fold", hint="the fold in whose validation the crop is"),
+        Column("voxel (z y x, nm)", hint="voxels of the labels"),
+        Column("classes", "d", "classes that were scored"),
+    ]
+
+    def of_key(key: str, name: str) -> str:
+        return table(
+            [*first, *(Column(source, ".3f", "score of this crop alone") for source in sources)],
+            [
+                [
+                    crop,
+                    row["fold"],
+                    str(row["voxel_nm"]).replace(";", " x "),
+                    row["classes"],
+                    *(found.get((crop, source), {}).get(key) for source in sources),
+                ]
+                for crop, row in crops
+            ],
+            name=name,
+        )
+
+    return [
+        heading("Per crop"),
+        paragraph(
+            f"The score of each crop by itself, by the rules {rules_name(*rules)}: the geometric mean of its instance "
+            "and semantic classes, or the score of the only kind that it has. A class that the crop annotates as "
+            "absent counts 1 where nothing is marked. Pooled over crops, as above, large crops count for more."
+        ),
+        of_key("score", "crops"),
+        folded("The same by the rules 'clean'", [of_key("score_clean", "crops_clean")]),
+    ]
+
+
+def _scores_page(
+    scores: Sequence[Scores],
+    rows: Sequence[ScoreRow],
+    by_crop: Sequence[ScoreRow],
+    learned: Collection[str],
+    division: str,
+) -> str:
     overall = [row for row in rows if row["class"] == OVERALL]
     rules = list(dict.fromkeys(str(entry.content["rules"]) for entry in scores))
     by_class = [row for row in rows if row["class"] != OVERALL]
     overall_columns = [column for column in SCORE_COLUMNS if column.name not in _OF_CLASSES]
     class_columns = [column for column in SCORE_COLUMNS if column.name not in _OF_WHOLE_RUNS]
-    best = max((row for row in overall), key=lambda row: float(row["score"] or 0), default=None)
+    # where there are several folds the best of their means: the best of single folds would be that of the easiest one
+    whole = [row for row in overall if row["fold"] == "mean"] or overall
+    best = max(whole, key=lambda row: float(row["score"] or 0), default=None)
     parts = [
         paragraph(
             "Every number is measured on validation crops that the model never saw in training. All are without unit; "
@@ -299,6 +457,13 @@ def _scores_page(scores: Sequence[Scores], rows: Sequence[ScoreRow], learned: Co
             name="classes",
         ),
     ]
+    if by_crop:
+        parts += [
+            heading("Per voxel size"),
+            paragraph("Crops whose labels have voxels of one size, pooled over the folds as for the overall score."),
+            table(VOXEL_COLUMNS, _voxel_rows(scores), name="voxels"),
+            *_crop_tables(by_crop, rules),
+        ]
     return page("Scores", parts)
 
 
@@ -316,7 +481,7 @@ def differing_columns(rules: str) -> list[Column]:
     ]
 
 
-def differing_rows(records: Iterable[Mapping[str, Any]], clean: Iterable[Mapping[str, Any]]) -> list[list[Content]]:
+def differing_rows(records: Iterable[Record], clean: Iterable[Record]) -> list[list[Content]]:
     """Return a row for each label that two versions of the rules count differently.
 
     records, clean: records with `crop` and `label`, those of `clean` where they differ. What `clean` does not score at
@@ -332,7 +497,7 @@ def differing_rows(records: Iterable[Mapping[str, Any]], clean: Iterable[Mapping
     return rows
 
 
-def _alone(record: Mapping[str, Any]) -> float | None:
+def _alone(record: Record) -> float | None:
     """Return what one record scores by itself, None where it drops out of the pool."""
     if record["status"] != "scored" and not any(record.get(key) for key in ("tp", "fp", "fn")):
         return None
