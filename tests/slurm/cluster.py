@@ -1,12 +1,11 @@
 """A real Slurm cluster on this machine, that imitates Longleaf: partitions, QOS, an account, pretended L40S GPUs.
 
-Debian's munged, mariadbd, slurmdbd, slurmctld and one slurmd per pretended node, all on 127.0.0.1, without systemd, with
-all state in one folder. `python tests/slurm/cluster.py start FOLDER`, `... stop FOLDER`, or `with Cluster(folder):`.
+Debian's munged, mariadbd, slurmdbd, slurmctld and one slurmd per pretended node, all on 127.0.0.1, without systemd,
+with all state in one folder. `python tests/slurm/cluster.py start FOLDER`, `... stop FOLDER`, `with Cluster(folder):`.
 Needs root and the packages of PACKAGES.
 """
 
 import contextlib
-import grp
 import json
 import os
 import pwd
@@ -29,14 +28,14 @@ PROGRAMS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld",
 
 # slurm-jobstep deletes SLURM_CONF with all other SLURM_* variables before its inner srun, which then looks here.
 CONFIGURATION = Path("/etc/slurm/slurm.conf")
-PORT = 27100  # of slurmctld; the others follow
+PORT = 27100  # of slurmctld; those of slurmdbd, MariaDB and the nodes follow
 NODES = {"g1801l4001": 8, "g1801l4002": 8, "c1801": 0}  # by name, with L40S GPUs
 
 PROFILE = yaml.safe_load((ROOT / "profiles/longleaf/config.v9+.yaml").read_text())
 ACCOUNT = PROFILE["default-resources"]["slurm_account"]
 QOS = "gpu_access"
 
-SLURM_CONF = """
+SLURM_CONF = r"""
 ClusterName=longleaf
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
@@ -86,7 +85,8 @@ AccountingStoreFlags=job_comment
 AccountingStorageEnforce=associations,limits,qos
 {nodes}
 PartitionName=general Nodes=c1801 Default=YES State=UP MaxTime=11-00:00:00 DefaultTime=01:00:00 DefMemPerCPU=4000
-PartitionName=l40-gpu Nodes=g1801l40[01-02] State=UP MaxTime=6-00:00:00 DefaultTime=01:00:00 DefMemPerCPU=4000 AllowQos={qos}
+PartitionName=l40-gpu Nodes=g1801l40[01-02] State=UP MaxTime=6-00:00:00 DefaultTime=01:00:00 DefMemPerCPU=4000 \
+    AllowQos={qos}
 """
 
 SLURMDBD_CONF = """
@@ -133,21 +133,22 @@ class ClusterError(Exception):
 class Cluster:
     """The cluster with its state in `folder`; runs during a `with` block.
 
-    kill_wait: seconds between SIGTERM and SIGKILL at a job's walltime.
+    kill_wait: seconds between SIGTERM and SIGKILL at a job's walltime. A second cluster beside this one has other
+    ports, from `port`, and another link to its `configuration`; Snakemake's jobs find only that of CONFIGURATION.
     """
 
-    def __init__(self, folder: Path, kill_wait: int = 20) -> None:
+    def __init__(
+        self, folder: Path, kill_wait: int = 20, *, port: int = PORT, configuration: Path = CONFIGURATION
+    ) -> None:
         self.folder = folder
         self.kill_wait = kill_wait
-        self._environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "LC_ALL": "C"}
+        self.configuration = configuration
+        self.ports = range(port, port + 3 + len(NODES))
+        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "LC_ALL": "C"}
         self._pids: dict[str, int] = {}
 
     def __enter__(self) -> "Cluster":
-        try:
-            self.start()
-        except BaseException:
-            self.stop()
-            raise
+        self.start()
         return self
 
     def __exit__(
@@ -157,18 +158,38 @@ class Cluster:
 
     def start(self) -> None:
         """Start all daemons and wait until every node takes jobs. Raises ClusterError."""
-        if CONFIGURATION.is_symlink() and not CONFIGURATION.exists():
-            CONFIGURATION.unlink()  # of a cluster whose folder is gone
-        if CONFIGURATION.exists():
-            raise ClusterError(f"{CONFIGURATION} exists: another Slurm is set up here; stop it first")
-        with socket.socket() as probe:
-            if not probe.connect_ex(("127.0.0.1", PORT + 2)):
-                raise ClusterError(f"something listens on port {PORT + 2} already: another cluster is running here")
-        self._write()
-        self._munge()
-        self._database()
-        self._accounting()
-        self._controller()
+        self._refuse_another()
+        try:
+            self._write()
+            self._munge()
+            self._database()
+            self._accounting()
+            self._controller()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _refuse_another(self) -> None:
+        """Raise ClusterError if a Slurm is set up here, or one of the ports is taken."""
+        link = self.configuration
+        if link.exists() and not self._linked():
+            raise ClusterError(
+                f"{link} exists ({link.resolve()}): another Slurm is set up here; if it is one of these tests', end it:"
+                f" python tests/slurm/cluster.py stop {link.resolve().parent}"
+            )
+        for port in self.ports:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(("127.0.0.1", port))
+                except OSError:
+                    raise ClusterError(
+                        f"port {port} is taken: `ss -ltnp` shows by which process; stop it, it may be another cluster"
+                    ) from None
+
+    def _linked(self) -> bool:
+        """Return whether the configuration that Slurm's commands find is this cluster's."""
+        return self.configuration.is_symlink() and self.configuration.readlink() == self.folder / "slurm.conf"
 
     def stop(self) -> None:
         """End the jobs, the daemons and whatever jobs left behind; only what this cluster started is touched."""
@@ -182,18 +203,18 @@ class Cluster:
         for pid in self.leftovers():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        if CONFIGURATION.is_symlink() and CONFIGURATION.readlink() == self.folder / "slurm.conf":
-            CONFIGURATION.unlink()
+        if self._linked():
+            self.configuration.unlink()
 
     def run(self, *command: str, check: bool = True, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         """Return a finished Slurm command, with its output as text."""
         return subprocess.run(
-            command, env=self._environment, capture_output=True, text=True, timeout=timeout, check=check
+            command, env=self.environment, capture_output=True, text=True, timeout=timeout, check=check
         )
 
     def leftovers(self) -> list[int]:
         """Return the processes of jobs and daemons of this cluster that still run."""
-        marks = (f"SLURM_CONF={self.folder}/".encode(), f"{self.folder}/".encode())
+        mark = f"{self.folder}/".encode()
         found = []
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit() or int(entry.name) in (os.getpid(), os.getppid()):
@@ -201,13 +222,9 @@ class Cluster:
             with contextlib.suppress(OSError):
                 environment = (entry / "environ").read_bytes().split(b"\0")
                 arguments = (entry / "cmdline").read_bytes()
+                of_daemon = b"slurm" in arguments[:40] and mark in arguments
                 of_job = any(part.startswith(b"SLURM_JOB_ID=") for part in environment)
-                if (
-                    b"slurm" in arguments[:40]
-                    and marks[1] in arguments
-                    or of_job
-                    and marks[0] in b"\0".join(environment)
-                ):
+                if of_daemon or (of_job and any(part.startswith(b"SLURM_CONF=" + mark) for part in environment)):
                     found.append(int(entry.name))
         return found
 
@@ -222,15 +239,15 @@ class Cluster:
             "host": socket.gethostname().split(".")[0],
             "kill_wait": self.kill_wait,
             "qos": QOS,
-            "port": PORT,
-            "dbd_port": PORT + 1,
-            "sql_port": PORT + 2,
+            "port": self.ports[0],
+            "dbd_port": self.ports[1],
+            "sql_port": self.ports[2],
         }
         lines, gres = [], ["AutoDetect=off"]
         for index, (node, gpus) in enumerate(NODES.items()):
             shape = "Sockets=2 CoresPerSocket=32 ThreadsPerCore=1 CPUs=64 RealMemory=1000000"
-            line = f"NodeName={node} NodeHostname={names['host']} NodeAddr=127.0.0.1 Port={PORT + 3 + index} {shape}"
-            lines.append(line + (f" Gres=gpu:l40s:{gpus}" if gpus else ""))
+            line = f"NodeName={node} NodeHostname={names['host']} NodeAddr=127.0.0.1 Port={self.ports[3 + index]} "
+            lines.append(line + shape + (f" Gres=gpu:l40s:{gpus}" if gpus else ""))
             for gpu in range(gpus):  # links, of which Slurm takes the numbers: CUDA_VISIBLE_DEVICES is set by them
                 link = self.folder / "dev" / f"nvidia{gpu}"
                 link.unlink(missing_ok=True)
@@ -245,8 +262,10 @@ class Cluster:
         mail = self.folder / "mail"  # what Slurm would send lands in a file
         mail.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>{self.folder}/log/mail.txt\n')
         mail.chmod(0o755)
-        CONFIGURATION.parent.mkdir(parents=True, exist_ok=True)
-        CONFIGURATION.symlink_to(self.folder / "slurm.conf")
+        self.configuration.parent.mkdir(parents=True, exist_ok=True)
+        if self.configuration.is_symlink():
+            self.configuration.unlink()  # of this cluster, which was killed, or of one whose folder is gone
+        self.configuration.symlink_to(self.folder / "slurm.conf")
 
     def _munge(self) -> None:
         key = self.folder / "munge" / "key"
@@ -260,32 +279,22 @@ class Cluster:
 
     def _database(self) -> None:
         folder = self.folder / "sql"
-        user = "mysql" if "mysql" in (entry.pw_name for entry in pwd.getpwall()) else "root"
+        # As root, like all of this cluster: pytest closes its folders to other users whenever another pytest begins.
         if not (folder / "mysql").is_dir():
             folder.mkdir(exist_ok=True)
-            if user == "mysql":
-                os.chown(folder, pwd.getpwnam(user).pw_uid, grp.getgrnam(user).gr_gid)
-                self._let_pass(folder)
             self.run(
-                *["mariadb-install-db", "--no-defaults", f"--user={user}", f"--datadir={folder}", "--skip-test-db"],
+                *["mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={folder}", "--skip-test-db"],
                 "--auth-root-authentication-method=normal",
             )
         self._daemon(
-            *["mariadbd", "mariadbd", "--no-defaults", f"--user={user}", f"--datadir={folder}"],
+            *["mariadbd", "mariadbd", "--no-defaults", "--user=root", f"--datadir={folder}"],
             *[f"--socket={folder}/socket", f"--pid-file={folder}/pid", "--bind-address=127.0.0.1"],
-            *[f"--port={PORT + 2}", "--innodb-buffer-pool-size=64M", "--innodb-lock-wait-timeout=900"],
-            "--innodb-flush-log-at-trx-commit=0",
+            *[f"--port={self.ports[2]}", "--innodb-buffer-pool-size=64M", "--innodb-lock-wait-timeout=900"],
+            "--innodb-flush-log-at-trx-commit=2",  # what was recorded survives a kill
         )
         client = ["mariadb", "--no-defaults", "-S", f"{folder}/socket", "-u", "root"]
         self._ready(60, "mariadbd", *client, "-e", "SELECT 1")
         self.run(*client, "-e", SQL)
-
-    def _let_pass(self, folder: Path) -> None:
-        """Let other users through to a folder whose parents may be closed, as pytest's are."""
-        for parent in folder.parents:
-            mode = parent.stat().st_mode
-            if not mode & 0o001:
-                parent.chmod(mode | 0o001)
 
     def _accounting(self) -> None:
         """Start slurmdbd, up to three times: it was seen not to come up once, for no cause that it told."""
@@ -325,7 +334,7 @@ class Cluster:
         with open(self.folder / "log" / f"{name}.out", "ab") as out:
             process = subprocess.Popen(
                 command,
-                env=self._environment,
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -342,10 +351,10 @@ class Cluster:
     def _alive(self, name: str) -> bool:
         """Return whether a daemon runs: its number, as the program that it was."""
         try:
-            program = os.readlink(f"/proc/{self._pids.get(name, 0)}/exe")
+            program = Path(f"/proc/{self._pids.get(name, 0)}/exe").readlink().name
         except OSError:
             return False
-        return name.split("-")[0] in Path(program).name
+        return name.split("-")[0] in program
 
     def _end(self, name: str) -> None:
         """End a daemon, which may be a child of this process or not."""
@@ -401,7 +410,11 @@ def main(verb: str, folder: str) -> int:
         return 1
     cluster = Cluster(Path(folder).resolve())
     if verb == "start":
-        cluster.start()
+        try:
+            cluster.start()
+        except ClusterError as error:
+            sys.stderr.write(f"{error}\n")
+            return 1
         sys.stdout.write(f"export SLURM_CONF={folder}/slurm.conf\n")
     else:
         cluster.stop()
