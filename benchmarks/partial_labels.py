@@ -234,8 +234,8 @@ def main() -> int:
     result = {
         "name": "partial_labels",
         "dice": {way: round(value, 4) for way, value in overall.items()},
-        "difference": round(difference, 4),
-        "target": TARGET,
+        "ratios": {"difference": round(difference, 4)},
+        "targets": {"difference": TARGET},
         "ok": difference >= TARGET,
     }
     print(json.dumps(result))

@@ -1,6 +1,6 @@
 """How long a training step takes, by network and by what it is spent on, eager and compiled.
 
-    python benchmarks/train_step.py [--models NAME ...] [--patch Z Y X] [--batch N] [--steps N] [--compile]
+    python benchmarks/train_step.py [--models NAME ...] [--patch Z Y X] [--batch N] [--steps N] [--compile] [--quick]
 
 Networks, batches, optimisers and losses are those of config/models, of every model without --models; 14 classes, all
 augmentations, no mixup, one pass per step. On a GPU patches have their real size, and networks run eager and compiled;
@@ -264,7 +264,10 @@ def main() -> int:
     parser.add_argument("--batch", type=int, help="patches per step")
     parser.add_argument("--steps", type=int, default=30 if DEVICE.type == "cuda" else 3, help="steps that count")
     parser.add_argument("--compile", action="store_true", help="compile on the CPU, too")
+    parser.add_argument("--quick", action="store_true", help="two networks, three steps")
     options = parser.parse_args()
+    if options.quick:
+        options.models, options.steps = [PLAIN, "unet_2d"], 3
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if DEVICE.type == "cuda":
         torch.set_float32_matmul_precision("high")
