@@ -5,10 +5,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from . import head_runs
 from .cluster import ROOT, Cluster, why_not
 
 HERE = Path(__file__).parent
@@ -30,7 +33,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def slurm_demo(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def heads(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[dict[str, Any]]]:
+    """What runs of head.sh meet, to be waited for: they mostly wait themselves, so they run beside what computes."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(head_runs.story, cluster, tmp_path_factory.mktemp("heads"))
+
+
+@pytest.fixture(scope="session")
+def slurm_demo(cluster: Cluster, heads: Future[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The working directory of a demo that ran on the cluster by profiles/longleaf; copy what is to be changed.
 
     What Snakemake said is in snakemake.txt. SLURM_TEST_DEMO names one that is finished, for who works on these tests.

@@ -35,7 +35,7 @@ PATIENCE = 300.0  # seconds that anything may take, on a machine that does much 
 ALONE, TOGETHER = "segresnet_ds", "unet_3d"
 GPUS = {ALONE: 1, TOGETHER: 2}
 # long enough that a training is met in the middle, once and twice; a checkpoint each second
-STEPS = {ALONE: 60, TOGETHER: 160}
+STEPS = {ALONE: 40, TOGETHER: 100}
 # where a node fails, and where everything else runs
 FAILING, STEADY = "g1801l4001", "g1801l4002"
 

@@ -1,176 +1,47 @@
-"""Snakemake itself as a job: profiles/longleaf/head.sh on a real Slurm, with a workflow of two jobs of its own."""
+"""Snakemake itself as a job, by profiles/longleaf/head.sh, comes back after its walltime and after a kill."""
 
 import os
 import re
-import shutil
-import signal
 import subprocess
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .cluster import ROOT, Cluster
+from .cluster import ROOT
+from .head_runs import HEAD
 
-BIN = ROOT / ".venv/bin"
-HEAD = "profiles/longleaf/head.sh"
-
-# The job waits for a file, so that the test decides when it ends; it fails if two of it run at once.
-SNAKEFILE = """
-rule all:
-    input: "done.txt"
-    localrule: True
-
-rule work:
-    output: "work.txt"
-    resources: mem_mb=600, runtime=5
-    shell:
-        "mkdir running; echo $SLURM_JOB_ID >> starts.txt; trap 'rmdir running; exit 1' TERM; "
-        "for i in $(seq 600); do if test -e go; then break; fi; sleep 0.2; done; "
-        "rmdir running; cp go {output}"
-
-rule gather:
-    input: rules.work.output
-    output: "done.txt"
-    localrule: True
-    shell: "cp {input} {output}"
-"""
-
-
-class Head:
-    """A run of head.sh in a folder of its own."""
-
-    def __init__(self, cluster: Cluster, folder: Path, *options: str) -> None:
-        self.cluster = cluster
-        self.folder = folder
-        self.log = folder / "head.log"
-        (folder / "Snakefile").write_text(SNAKEFILE)
-        environment = {
-            **{key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SNAKEMAKE"))},
-            "SLURM_CONF": str(cluster.folder / "slurm.conf"),
-            "CELLMAP_ORPHAN_SECONDS": "1",
-            "CELLMAP_STOP_SECONDS": "6",  # the plugin for Slurm sleeps longer
-            "PATH": f"{BIN}:{os.environ['PATH']}",
-        }
-        waits = ["--slurm-init-seconds-before-status-checks", "1", "--seconds-between-status-checks", "1"]
-        waits += ["--latency-wait", "5", "--slurm-logdir", str(folder / "slurm_logs")]
-        done = subprocess.run(
-            [
-                *["sbatch", "--parsable", f"--output={self.log}", "--mem=1G", "--cpus-per-task=1", *options, HEAD],
-                *["all", "--snakefile", str(folder / "Snakefile"), "--directory", str(folder), *waits],
-            ],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-        self.job = done.stdout.strip()
-
-    def state(self) -> str:
-        return self.cluster.run("squeue", "-h", "-j", self.job, "-o", "%T", check=False).stdout.strip()
-
-    def jobs(self) -> list[str]:
-        """Return the jobs in the queue that this head submitted."""
-        lines = self.cluster.run("squeue", "-h", "-o", "%i %j").stdout.splitlines()
-        return [line.split()[0] for line in lines if f" cellmap-{self.job}_" in line]
-
-    def said(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
-
-    def wait(self, what: str, until: Callable[[], Any], seconds: float = 60) -> None:
-        limit = time.monotonic() + seconds
-        while not until():
-            assert time.monotonic() < limit, f"waited in vain for {what}; {self.state()}\n{self.said()}"
-            time.sleep(0.2)
-
-    def working(self) -> bool:
-        return (self.folder / "running").is_dir() and (self.folder / "starts.txt").exists()
-
-    def skip_the_delay(self) -> None:
-        """Let a job that was queued again start now, for an hour: Slurm's delay of two is not what is tested."""
-        self.wait("the job back in the queue", lambda: self.state() == "PENDING")
-        time.sleep(1.5)  # its new credential must be younger than the end of the old one
-        self.cluster.run("scontrol", "update", f"JobId={self.job}", "StartTime=now", "TimeLimit=60")
-
-    def let_finish(self) -> None:
-        (self.folder / "go").write_text("worked\n")
-
-    def wait_for_the_end(self) -> None:
-        self.wait("the end", lambda: not self.state() or self.state() in ("COMPLETED", "FAILED"))
-
-    def outcome(self) -> str:
-        """Return how Slurm's records say that the head job ended."""
-        command = ("sacct", "-n", "-X", "-P", "-j", self.job, "-o", "State")
-        self.wait("the record", lambda: self.cluster.run(*command).stdout.split()[-1:] not in (["RUNNING"], []), 20)
-        return self.cluster.run(*command).stdout.split()[-1]
-
-    def starts(self) -> int:
-        return len((self.folder / "starts.txt").read_text().split())
+PATIENCE = 600.0
 
 
 @pytest.fixture
-def heads(cluster, tmp_path_factory):
-    """Make runs of head.sh that are ended, with the jobs that they submitted, after the test."""
-    made = []
-
-    def make(*options: str) -> Head:
-        made.append(Head(cluster, tmp_path_factory.mktemp("head"), *options))
-        return made[-1]
-
-    yield make
-    for head in made:
-        cluster.run("scancel", head.job, *head.jobs(), check=False)
-        head.wait("the end of its jobs", lambda head=head: not head.jobs(), 40)
-        shutil.rmtree(head.folder, ignore_errors=True)
+def told(heads) -> dict[str, Any]:
+    return heads.result(PATIENCE)
 
 
-def test_the_head_job_runs_the_workflow_to_its_end_by_stop_by_walltime_and_by_kill(cluster, heads):
-    # an option that the head job was given by its environment would have its jobs refused
-    normal = heads("--export=ALL,SBATCH_QOS=no_such_qos")
-    limited, killed = heads("--signal=B:USR1@45", "--time=1"), heads("--mail-user=me@unc.edu")
-    for head in (normal, killed):
-        head.wait("its first job", head.working)
+@pytest.mark.parametrize("name", ["normal", "limited", "killed"])
+def test_every_run_ends_well_with_its_result(told, name):
+    head = told[name]
+    assert told["outcomes"][head] == "COMPLETED", head.said()
+    assert (head.folder / "done.txt").read_text() == "worked\n"
 
-    # a normal run
-    normal.let_finish()
 
-    # its node is lost: no process of it lives on, and Slurm queues it again
-    for process in processes_of(killed.job):
-        os.kill(process, signal.SIGKILL)
-    killed.wait("its end", lambda: killed.state() != "RUNNING")
-    cluster.run("scontrol", "requeue", killed.job)
-    (orphan,) = killed.jobs()
+def test_a_run_that_nothing_stops_does_its_work_once(told):
+    assert told["normal"].starts() == 1
 
-    # its own walltime, of which Slurm tells it up to a minute sooner than it was asked to
-    limited.wait("the requeue", lambda: "queued again" in limited.said(), 40)
-    assert not limited.jobs()  # cancelled, as by Ctrl-C
 
-    killed.skip_the_delay()
-    limited.skip_the_delay()
-    limited.let_finish()
-    known = f"waits for jobs of the start before, whose work counts: {orphan} "
-    killed.wait("what it says of the orphan", lambda: known in killed.said())
-    assert killed.jobs() == [orphan]  # no second copy beside it
-    killed.let_finish()
+def test_before_its_walltime_a_run_cancels_its_jobs_and_is_queued_again(told):
+    assert told["left by the walltime"] == []
+    assert "start 2 of job" in told["limited"].said()
 
-    for head in (normal, limited, killed):
-        head.wait_for_the_end()
-        assert head.outcome() == "COMPLETED", head.said()
-        assert (head.folder / "done.txt").read_text() == "worked\n"
-    assert normal.starts() == 1
-    assert "start 2 of job" in limited.said() and "start 2 of job" in killed.said()
+
+def test_a_killed_run_waits_for_the_job_that_it_left_and_starts_no_second_one(told):
+    assert told["beside the orphan"] == [told["orphan"]]
+    assert "start 2 of job" in told["killed"].said()
+
+
+def test_slurm_mails_the_end_of_a_run(told, cluster):
     sent = (cluster.folder / "log/mail.txt").read_text()
-    assert re.search(rf"Job_id={killed.job} .*Ended.* me@unc.edu", sent), sent
-
-
-def processes_of(job: str) -> list[int]:
-    """Return the processes that belong to the head job alone, by the file that their output goes to."""
-    listed = subprocess.run(["pgrep", "-f", f"cellmap-{job}$|job0*{job}/slurm_script"], capture_output=True, text=True)
-    return [int(pid) for pid in listed.stdout.split()]
+    assert re.search(rf"Job_id={told['killed'].job} .*Ended.* me@unc.edu", sent), sent
 
 
 def test_the_head_script_says_what_it_lacks(tmp_path):
