@@ -262,6 +262,18 @@ def test_the_environment_file_pins_the_versions_of_the_constraints():
     assert pins(ROOT / "workflow/envs/cellmap_pipe.yaml") == pins(ROOT / "constraints.txt") - alone
 
 
+def test_an_environment_without_the_package_says_what_to_set(tmp_path):
+    (tmp_path / "python").symlink_to("/bin/false")  # a Python that cannot import it
+    script = ROOT / "workflow/envs/cellmap_pipe.post-deploy.sh"
+    for folder, status in ((tmp_path, 1), (Path(sys.executable).parent, 0)):
+        path = f"{folder}:{os.environ['PATH']}"
+        done = subprocess.run(
+            [script], env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == status
+        assert ("export PYTHONPATH=" in done.stderr) == bool(status)
+
+
 def test_every_script_is_thin():
     for script in (ROOT / "workflow" / "scripts").glob("*.py"):
         text = script.read_text().replace("if TYPE_CHECKING:", "")
