@@ -123,12 +123,19 @@ def require_data():
 
 
 def prepare_slurm():
-    """Stop, before any job, if Slurm would refuse the account of the jobs; mend its executor."""
-    if workflow.executor_plugin.name != "slurm":
+    """Stop, before any job, if there is no Slurm or it would refuse the account of the jobs; mend its executor."""
+    sent = (job for job in workflow.dag.needrun_jobs() if not job.is_local)
+    if workflow.executor_plugin.name != "slurm" or not any(sent):
         return
     from cellmap_pipe.cluster.account import check_accounts
     from cellmap_pipe.cluster.executor import mend_executor
+    from cellmap_pipe.cluster.slurm import installed
 
+    if not installed("squeue"):  # the profile has an sbatch of its own
+        refuse(
+            "the profile sends jobs to Slurm, and this machine has none; run it on a login node of the cluster, or"
+            " with --profile profiles/local"
+        )
     mend_executor()
     accounts = [rule.resources.get("slurm_account") for rule in workflow.rules]
     try:
@@ -278,6 +285,36 @@ def resolved_settings():
         "segment": CONFIG.segmentation_settings(),
         "evaluate": CONFIG.evaluation_settings(),
     }
+
+
+def asked_by_profile():
+    """Return what one job of each rule asks for as the profile leaves it, by name, of trainings and predictions by model."""
+
+    def of(name, **wildcards):
+        asked = workflow.get_rule(name).expand_resources(
+            wildcards, input=[], attempt=1, skip_evaluation={"tmpdir"}
+        )
+        return {
+            "gpus": asked.get("gpu", 0),
+            "cores": asked["_cores"],
+            "memory_gb": asked["mem_mb"] / 1000,
+            "walltime_h": asked["runtime"] / 60,
+            "gpu_model": asked.get("gpu_model"),
+        }
+
+    grid = {"grid": CONFIG.grids_in_use[0], "shard": "0"}
+    fold = {"source": MODELS[0], "fold": "0", "subset": "validation", "shard": "0"}
+    asked = {name: of(name, **grid) for name in ("convert", "ceiling", "chunk")}
+    for name in ("ensemble", "tune", "segment", "evaluate"):
+        asked[name] = of(name, **fold)
+    for name in ("submission", "score_submission", "phantom"):
+        if workflow.is_rule(name):
+            asked[name] = of(name)
+    asked["network_check"] = of("network_check", model=MODELS[0])
+    for model in MODELS:
+        for name in ("train", "predict"):
+            asked[f"{name}:{model}"] = of(name, model=model, **fold)
+    return asked
 
 
 def everything(wildcards):
