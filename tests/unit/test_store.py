@@ -13,7 +13,7 @@ from cellmap_pipe.errors import ContractError
 from cellmap_pipe.files import canonical_json, describe_file
 from cellmap_pipe.prepare.layout import BLOCKED, MAPPED, write_array, write_volume
 from cellmap_pipe.prepare.store import FORMAT_VERSION, Store, pack_index, unpack_index, verify_store
-from cellmap_pipe.training.results import fingerprint
+from cellmap_pipe.training.fingerprint import fingerprint
 
 CLASSES = ["pm", "mito", "nuc"]
 TABLE = {"0": "002", "1": "102", "2": "012", "255": "222"}
