@@ -158,6 +158,15 @@ def test_a_second_run_finds_nothing_to_do(demo):
     assert "Nothing to be done" in snakemake(demo, "all")
 
 
+@pytest.mark.parametrize("change", ["models: [unet_3d]", 'overrides: {"*": {predict: {tta: 4}}}'])
+def test_what_the_submission_is_made_of_follows_a_change_in_one_run(demo, tmp_path, change):
+    (tmp_path / "extra.yaml").write_text(change)
+    said = snakemake(demo, "all", "-n", extra=tmp_path / "extra.yaml")
+    made = {name for line in re.findall(r"output: (.+)", said) for name in line.split(", ")}
+    assert {"results/ensemble/test/foldall.json", "results/submission/submission.zip"} <= made
+    assert "results/predict/unet_3d/fold0/test/shard0.json" in made
+
+
 def test_the_files_are_what_the_results_say(demo):
     snakemake(demo, "verify")
     assert "contracts agree with the disk" in (demo / "logs/verify.log").read_text()

@@ -136,9 +136,9 @@ def prepare_slurm():
             "the profile sends jobs to Slurm, and this machine has none; run it on a login node of the cluster, or"
             " with --profile profiles/local"
         )
-    mend_executor()
     accounts = [rule.resources.get("slurm_account") for rule in workflow.rules]
     try:
+        mend_executor()
         check_accounts({account.raw for account in accounts if account})
     except ConfigError as error:
         refuse(error)
@@ -165,9 +165,10 @@ def volumes_of(wildcards):
         table = {"volumes_csv": volumes_table(wildcards)}
         if wildcards.model not in MODELS:
             return table
-        # the plan of the models in use refuses what would take too many voxels before any GPU is asked for; what in it
-        # decides anything is a parameter of the prediction as well, so that a new plan alone predicts nothing anew
-        return {**table, "plan": ancient(rules.prediction_plan.output.table)}
+        # The plan of the models in use refuses what would take too many voxels before any GPU is asked for. Not ancient(),
+        # although blocks that are done stay: a plan that is made anew would hide from Snakemake that a model was removed
+        # or that its predictions changed, and the submission would still be that of before.
+        return {**table, "plan": rules.prediction_plan.output.table}
     grid = model_of(wildcards).grid
     return {
         "quality_csv": f"results/quality/{grid}/crops.csv",
