@@ -43,10 +43,9 @@ RESULT_VERSIONS: dict[str, int] = {
     "segment": 3,
     "evaluate": 3,
     "submission": 3,
-    "report": 5,
+    "report": 6,
 }
 
-SUBSETS = ("validation", "test")
 NATIVE = "native"
 ENSEMBLE = "ensemble"
 

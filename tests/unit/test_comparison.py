@@ -7,11 +7,12 @@ import re
 import numpy as np
 import pytest
 
+from cellmap_pipe.colours import SERIES
 from cellmap_pipe.errors import ContractError
 from cellmap_pipe.evaluation.challenge import aggregate
 from cellmap_pipe.evaluation.paired import NOT_SHOWN, SHOWN, TOO_FEW
 from cellmap_pipe.report.comparison import RANKING_COLUMNS, write_comparison
-from cellmap_pipe.report.figures import budgets, differences, training_usage
+from cellmap_pipe.report.figures import _styles, budgets, differences, training_usage
 from cellmap_pipe.report.tables import read_csv, write_scores
 from cellmap_pipe.report.training import RUN_COLUMNS, equal_budget, reached, read_runs, write_training
 from cellmap_pipe.training.usage import COLUMNS as USAGE_COLUMNS
@@ -347,6 +348,28 @@ def test_figures_without_measurements_say_so(trained, tmp_path):
     assert "of no run were measured from the start" in (tmp_path / "b.svg").read_text()
     differences([], tmp_path / "d.svg")
     assert "Nothing to compare" in (tmp_path / "d.svg").read_text()
+
+
+def test_no_two_of_many_models_are_drawn_alike(trained):
+    for number in range(2 * len(SERIES) + 1):
+        for fold in ("0", "1"):
+            trained.add(f"m{number:02}", fold, attempts=())
+    looks = [tuple(style[key] for key in ("color", "linestyle", "marker")) for style in _styles(trained.runs())]
+    assert len(set(looks)) == len(looks) == 2 * (2 * len(SERIES) + 1)
+
+
+def test_of_a_single_crop_there_is_no_interval(trained, tmp_path):
+    scores = [
+        scores_json(tmp_path / f"{name}.json", name, "0", records(quality, 1, range(1)))
+        for name, quality in (("a", 0.4), ("ensemble", 0.8))
+    ]
+    (tmp_path / "folds.csv").write_text("crop,group,fold,grouped_by\nd0/crop0,g,0,crop\n")
+    out = tmp_path / "c.csv", tmp_path / "r.csv", tmp_path / "c.html"
+    write_comparison(scores, trained.add("a").runs(), *out, folds_csv=tmp_path / "folds.csv")
+    assert [(row["low"], row["high"]) for row in as_dicts(out[2], "ranking")] == [("", "")] * 2
+    assert [(row["low"], row["high"]) for row in as_dicts(out[2], "gain_classes")] == [("", "")] * 2
+    assert [(row["low"], row["high"]) for row in as_dicts(out[2], "pairs")] == [("", "")]
+    assert [row["low"] for row in csv.DictReader(out[0].open())] == [""] * 3
 
 
 def test_long_runs_are_averaged_to_a_small_figure(trained, tmp_path):

@@ -114,6 +114,18 @@ def test_the_ends_of_the_ranking_are_shown(tmp_path, ngff):
     assert "d/crop9/pm: no array" in text
 
 
+def test_a_crop_that_could_not_be_segmented_is_named_with_its_score_and_cause(tmp_path, ngff):
+    records = [semantic("d/a", "pm", 40, 5, 5), {**semantic("d/b", "pm", 0, 0, 50), "status": "missing"}]
+    arguments = case(tmp_path, ngff, records)
+    content = json.loads(arguments[1][0].read_text())
+    content["records"][1] |= {"status": "failed", "cause": "no EM", "path": None}
+    arguments[1][0].write_text(json.dumps(content))
+    write_examples(*arguments, data_root=tmp_path / "data")
+    lines = arguments[-1].read_text().split('id="undrawn"')[1].split("</table>")[0]
+    assert "<td>d/b</td>" in lines and ">0.000</td>" in lines and "<td>no EM</td>" in lines
+    assert "d/a" not in lines
+
+
 def test_each_class_is_shown_where_it_scores_least(tmp_path, ngff):
     records = [semantic(crop, "pm", tp, 50, 5) for crop, tp in (("d/a", 40), ("d/b", 20))]
     records += [semantic("d/a", "ecs", 10, 50, 5), semantic("d/b", "ecs", 0, 9, 0)]

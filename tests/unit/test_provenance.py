@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from cellmap_pipe.config import RESULT_VERSIONS
-from cellmap_pipe.report.provenance import Evidence, anchor_of, describe_code, git_state
+from cellmap_pipe.report.evidence import Evidence, anchor_of, describe_code, git_state
 
 A, B = "a" * 64, "b" * 64
 

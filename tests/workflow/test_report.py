@@ -8,7 +8,8 @@ import pytest
 from demo_run import MODELS, ROOT
 
 from cellmap_pipe.files import file_digest
-from cellmap_pipe.report.provenance import collect, write_provenance
+from cellmap_pipe.report.evidence import collect
+from cellmap_pipe.report.provenance import write_provenance
 
 # made with blank EM, and with EM that was not downloaded; a plane without any class has no labels to lay over it
 BLANK = ("EM of phantom-1/crop106", "EM of phantom-3/crop304", "its labels")
@@ -87,6 +88,7 @@ def inputs_of(demo, folder):
         "crops": "crops.csv",
         "folds": "folds.csv",
         "table": "report/scores.csv",
+        "ranking": "report/ranking.csv",
         "quality": "quality/*/crops.csv",
         "converted": "convert/*/shard*.json",
         "stores": "chunks/*/index.json",
@@ -186,7 +188,52 @@ def test_a_changed_score_a_moved_crop_and_a_changed_mask_are_noticed(copied):
     assert ("unet_3d-fold0", "score in scores.csv is that of the scores file") in found
     assert ("unet_3d-fold0", "scored crops are validation crops of this fold") in found
     assert ("ensemble-fold0", "validation: segmentations follow from the predictions and their processing") in found
-    assert len(found) == 5  # every source is scored on the moved crop
+    assert ("ensemble-fold0", "validation: processing is that of the settings and of tuning") in found
+    moved = "crops of the datalist are on the side that their fold says"
+    assert {(f"train-{model}-fold0", moved) for model in MODELS} <= found
+    assert len(found) == 8  # every source is scored on the moved crop
+
+
+def changed(path, change):
+    """Change a JSON file by `change` (its content) in place."""
+    content = json.loads(Path(path).read_text())
+    change(content)
+    Path(path).write_text(json.dumps(content))
+
+
+CLASSES = "score, score_clean and Dice of each class, also in scores.csv, are those of the records"
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda scores: next(iter(scores["aggregate"]["label_scores"].values())).update(tp=-1), CLASSES),
+        (lambda scores: scores["dice"].update(mito_lum=0.99), CLASSES),
+        (lambda scores: scores["clean"].update(overall_score=0.99), "score_clean is that of its records"),
+        (lambda scores: scores["interval"].update(low=0.99), "lower end of the interval is that of the records"),
+        (
+            lambda scores: scores["segmentations"].update(dict.fromkeys(scores["segmentations"], "0" * 64)),
+            "the segmentations that were scored are those that are there",
+        ),
+    ],
+)
+def test_scores_that_are_not_of_their_records_or_of_other_segmentations_are_noticed(copied, change, what):
+    changed("results/scores/unet_3d/fold0.json", change)
+    assert ("unet_3d-fold0", what) in differing(copied)
+
+
+def test_a_class_in_the_table_a_rank_and_another_tuning_are_noticed(copied):
+    scores = json.loads(Path("results/scores/unet_3d/fold0.json").read_text())
+    table = Path("results/report/scores.csv")
+    table.write_text(table.read_text().replace(f"{scores['dice']['mito_lum']:.6g}", "0.99"))
+    ranking = Path("results/report/ranking.csv")
+    lines = ranking.read_text().splitlines()
+    ranking.write_text("\n".join(line.replace("0.", "0.9", 1) for line in lines) + "\n")
+    changed("results/tune/ensemble.json", lambda tuned: tuned["overall"].update(repair=not tuned["overall"]["repair"]))
+    found = differing(copied)
+    assert ("unet_3d-fold0", CLASSES) in found
+    assert ("unet_3d-fold0", "score in ranking.csv is that of the records of all folds") in found
+    assert [what for _, what in found if what == "test: processing is that of the settings and of tuning"]
 
 
 def test_a_difference_is_said_in_red_and_in_words(copied, browser):

@@ -310,6 +310,7 @@ rule provenance:
         crops=rules.crops.output.table,
         folds=rules.folds.output.table,
         table=rules.compare.output.table,
+        ranking=rules.comparison_page.output.ranking,
         quality=expand(rules.quality.output.crops, grid=CONFIG.grids_in_use),
         converted=expand(
             rules.convert.output.index, grid=CONFIG.grids_in_use, shard=SHARDS

@@ -1,6 +1,6 @@
 """How far a score would move with other crops: its bootstrap interval."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,19 @@ def resample(records: Sequence[Mapping[str, Any]], n: int, seed: int) -> Resampl
 
     records: with `crop` and `label`, none of them failed, at least one.
     """
+    return _weighted(records, lambda size: np.random.default_rng(seed).multinomial(size, [1 / size] * size, size=n))
+
+
+def leave_one_out(records: Sequence[Mapping[str, Any]]) -> Resampled:
+    """Return the scores of the labels without each of the crops in turn, in the order of their names.
+
+    records: as for `resample`, of at least two crops.
+    """
+    return _weighted(records, lambda size: 1 - np.eye(size))
+
+
+def _weighted(records: Sequence[Mapping[str, Any]], times_of: Callable[[int], np.ndarray]) -> Resampled:
+    """Return the scores where each crop counts as often as `times_of` (number of crops) says, as (draws, crops)."""
     crops = {crop: i for i, crop in enumerate(sorted({record["crop"] for record in records}))}
     labels = {label: i for i, label in enumerate(sorted({record["label"] for record in records}))}
     counts = np.zeros((len(crops), len(labels), 6))
@@ -40,7 +53,7 @@ def resample(records: Sequence[Mapping[str, Any]], n: int, seed: int) -> Resampl
         counts[crops[record["crop"]], labels[record["label"]]] += row
         if "n_hausdorff" in record:
             instance.add(record["label"])
-    times = np.random.default_rng(seed).multinomial(len(crops), [1 / len(crops)] * len(crops), size=n)
+    times = times_of(len(crops)).astype(float)
     draws = {}
     for label, i in labels.items():
         tp, fp, fn, total, distances, seen = (times @ counts[:, i]).T

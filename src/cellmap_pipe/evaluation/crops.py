@@ -76,7 +76,7 @@ def evaluate_fold(
     cause; the others count. Result keys: records (official keys; crop, label, kind, dice, known_voxels, and voxels:
     tp, fp, fn of the foreground), aggregate, clean, background, interval (bootstrap over crops), dice, mean_dice,
     differs and clean_records (where `clean` differs), failed, withdrawn, not_served, ceiling, rules, provisional, note,
-    model and fold.
+    model, fold and segmentations (fingerprint by volume).
     Raises ContractError if a volume is not in crops.csv.
     """
     chosen, labels = get_rules(rules), labels or {"empty": "absent"}
@@ -115,13 +115,14 @@ def _origin(content: Mapping[str, Any], volumes: Sequence[Mapping[str, Any]]) ->
         "model": content["model"],
         "fold": content["fold"],
         "not_served": sorted(volume["name"] for volume in volumes if volume["status"] == "not served"),
+        "segmentations": {volume["name"]: volume.get("fingerprint") for volume in volumes},
     }
 
 
 def _summary(results: Sequence[CropScore], rules: Rules, answerable: Sequence[str]) -> dict[str, Any]:
     records = [result.record for result in results]
     scored = [result for result in results if result.record["status"] != "failed"]
-    dice = {name: _pooled_dice(records, name) for name in answerable if any(r["label"] == name for r in records)}
+    dice = {name: pooled_dice(records, name) for name in answerable if any(r["label"] == name for r in records)}
     values = [value for value in dice.values() if value is not None]
     differing = [result for result in scored if _counts(result.record) != _counts(result.clean)]
     failed = [f"{r['crop']}/{r['label']}: {r['cause']}" for r in records if r["status"] == "failed"]
@@ -149,7 +150,7 @@ def _counts(record: Record) -> list[Any]:
     return [record.get(key) for key in ("tp", "fp", "fn", "hausdorff_norm_sum", "n_hausdorff", "status")]
 
 
-def _pooled_dice(records: Sequence[Record], label: str) -> float | None:
+def pooled_dice(records: Sequence[Record], label: str) -> float | None:
     """Return 2 tp / (2 tp + fp + fn) over the known voxels of the crops in which the class is present, None if none."""
     present = [
         record["voxels"]

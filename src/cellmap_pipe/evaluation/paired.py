@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import norm
 from scipy.stats import t as student
 
-from cellmap_pipe.evaluation.bootstrap import PERCENTILES, overall, resample
+from cellmap_pipe.evaluation.bootstrap import PERCENTILES, Resampled, leave_one_out, overall, resample
 from cellmap_pipe.evaluation.challenge import aggregate
 
 Record = Mapping[str, Any]
@@ -129,6 +129,8 @@ def compare_sources(
     in none of the drawn crops is left out of that draw's means, as in `aggregate`.
     The intervals of all pairs at once are those of the largest studentised difference: single-step max-t (Hothorn,
     Bretz and Westfall 2008, doi:10.1002/bimj.200810425) with the bootstrap's distribution in place of the normal one.
+    Where few crops decide a difference, because they are large or the only ones of a class, both are made wider: see
+    `_effective_units` and `_widening`.
     """
     used = {
         # sorted, so that sums do not depend on the order of files
@@ -144,17 +146,15 @@ def compare_sources(
     if not common:
         return Comparison({}, [], 0, len(every), 0, 0, (), 0)
     drawn: dict[str, np.ndarray] = {}
+    without: dict[str, np.ndarray] = {}
     kinds: set[str] = set()
     for source, found in shared.items():
         drawn_as = [{**entry, "crop": (unit_of or {}).get(entry["crop"], entry["crop"])} for entry in found]
         resampled = resample(drawn_as, n, seed)
-        instance, semantic = (
-            [values for label, values in resampled.draws.items() if (label in resampled.instance) is kind]
-            for kind in (True, False)
-        )
-        kinds |= {kind for kind, values in (("instance", instance), ("semantic", semantic)) if values}
-        # the root of the square of a mean where one kind alone occurs
-        drawn[source] = overall(instance or semantic, semantic or instance, n)
+        kinds |= {"instance" if label in resampled.instance else "semantic" for label in resampled.draws}
+        drawn[source] = _overall(resampled, n)
+        if len(units) > 1:
+            without[source] = _overall(leave_one_out(drawn_as), len(units))
     points = {source: kinds_score(found) or 0.0 for source, found in shared.items()}
     scores = {
         source: Score(points[source], *(float(end) for end in np.percentile(drawn[source], PERCENTILES)))
@@ -162,7 +162,7 @@ def compare_sources(
     }
     return Comparison(
         scores,
-        _differences(points, drawn, len(units)),
+        _differences(points, drawn, without, len(units)),
         len(common),
         len(every) - len(common),
         len(crops),
@@ -202,6 +202,8 @@ def class_differences(
         return {}
     scores = [aggregate(pool)["label_scores"] for pool in shared]
     drawn = [resample(pool, n, seed) for pool in shared]
+    several = len({entry["crop"] for entry in shared[0]}) > 1
+    without = [leave_one_out(pool).draws for pool in shared] if several else []
     result = {}
     for label in sorted(scores[0]):
         key = "combined_score" if label in drawn[0].instance else "iou"
@@ -210,10 +212,12 @@ def class_differences(
         if seen.any():
             values = drawn[0].draws[label][seen] - drawn[1].draws[label][seen]
             units = drawn[0].n_crops[label]
-            low, high = (float(end) for end in _interval(values, units))
-            result[label] = Difference(
-                "first", "second", points["first"] - points["second"], low, high, low, high, units
-            )
+            difference = points["first"] - points["second"]
+            left = without[0][label] - without[1][label] if without else np.zeros(0)
+            left = left[~np.isnan(left)]
+            spread = _widening(left, values), min(_effective_units(left), units)
+            low, high = (float(end) for end in _interval(difference, values, *spread))
+            result[label] = Difference("first", "second", difference, low, high, low, high, units)
     return result
 
 
@@ -250,39 +254,85 @@ def _order(points: Mapping[str, float]) -> list[str]:
     return sorted(points, key=lambda source: (-points[source], source))
 
 
-def _differences(points: Mapping[str, float], drawn: Mapping[str, np.ndarray], units: int) -> list[Difference]:
+def _overall(resampled: Resampled, n: int) -> np.ndarray:
+    """Return the overall score of each of n draws; over the only kind of classes where one alone occurs."""
+    instance, semantic = (
+        [values for label, values in resampled.draws.items() if (label in resampled.instance) is kind]
+        for kind in (True, False)
+    )
+    # the root of the square of a mean where one kind alone occurs
+    return overall(instance or semantic, semantic or instance, n)
+
+
+def _differences(
+    points: Mapping[str, float], drawn: Mapping[str, np.ndarray], without: Mapping[str, np.ndarray], units: int
+) -> list[Difference]:
     pairs = list(combinations(_order(points), 2))
     if not pairs:
         return []
     found = np.array([points[first] - points[second] for first, second in pairs])
     draws = np.array([drawn[first] - drawn[second] for first, second in pairs])
-    low, high = _interval(draws, units)
+    left = [without[first] - without[second] if without else np.zeros(0) for first, second in pairs]
+    alike = [_effective_units(each) for each in left]
+    wider = np.array([_widening(each, values) for each, values in zip(left, draws, strict=True)])
+    low, high = np.transpose(
+        [_interval(d, values, factor, size) for d, values, factor, size in zip(found, draws, wider, alike, strict=True)]
+    )
     low_all, high_all = low, high
     if len(pairs) > 1:
-        reach = _largest_deviation(draws, units) * draws.std(axis=1)
+        deviation = _largest_deviation(draws)
+        reach = np.array([_expanded(deviation, size) for size in alike]) * wider * draws.std(axis=1)
         # where draws are skewed; what holds for all pairs is never claimed to be surer than what holds for one
         low_all, high_all = np.minimum(found - reach, low), np.maximum(found + reach, high)
     ends = np.stack([found, low, high, low_all, high_all], axis=1).tolist()
     return [Difference(*pair, d, a, b, c, e, units) for pair, (d, a, b, c, e) in zip(pairs, ends, strict=True)]
 
 
-def _interval(draws: np.ndarray, units: int) -> np.ndarray:
-    """Return the lower and the upper end of the interval of draws (..., n), each (...)."""
+def _effective_units(without: np.ndarray) -> float:
+    """Return how many units of equal weight tell as much of a difference's spread as these do, at most as many.
+
+    without: the difference without each unit in turn (n,). Voxels are pooled, so that a few large crops may decide it;
+    their number then says how well the spread is known, not that of all crops. Satterthwaite's degrees of freedom of
+    the jackknife's variance, a sum of squares v_i^2: 3 (sum v_i^2)^2 / sum v_i^4, which is n for n normal ones.
+    """
+    if len(without) < 2 or not np.ptp(without):
+        return float(len(without))
+    squares = ((without - without.mean()) / np.ptp(without)) ** 2
+    return float(min(max(3 * squares.sum() ** 2 / (squares**2).sum(), 2.0), len(without)))
+
+
+def _widening(without: np.ndarray, draws: np.ndarray) -> float:
+    """Return how many times wider than the bootstrap's draws the jackknife finds a difference to spread, at least 1.
+
+    without: the difference without each unit in turn (n,). Where a few units decide, or a class is in very few, the
+    bootstrap's variance is too small; the jackknife's is not, on average (Efron and Stein 1981,
+    doi:10.1214/aos/1176345462).
+    """
+    if len(without) < 2 or not draws.std():
+        return 1.0
+    return max(1.0, float(np.sqrt(len(without) - 1) * without.std() / draws.std()))
+
+
+def _interval(difference: float, draws: np.ndarray, wider: float, units: float) -> np.ndarray:
+    """Return the lower and the upper end of the interval of a difference, of which there are draws (n,)."""
     share = float(norm.cdf(_expanded(float(norm.ppf((1 + CONFIDENCE) / 2)), units)))
-    return np.asarray(np.quantile(draws, (1 - share, share), axis=-1))
+    low, high = np.quantile(draws, (1 - share, share))
+    return np.array(
+        [min(low, difference + wider * (low - difference)), max(high, difference + wider * (high - difference))]
+    )
 
 
-def _largest_deviation(draws: np.ndarray, units: int) -> float:
+def _largest_deviation(draws: np.ndarray) -> float:
     """Return how many standard deviations reach so far that CONFIDENCE of the draws (pairs, n) hold for all pairs."""
     spread = draws.std(axis=1)
     varying = spread > 0  # sources that answered every crop alike have no spread, and no difference either
     if not varying.any():
         return 0.0
     deviations = np.abs(draws[varying] - draws[varying].mean(axis=1, keepdims=True)) / spread[varying, None]
-    return _expanded(float(np.quantile(deviations.max(axis=0), CONFIDENCE)), units)
+    return float(np.quantile(deviations.max(axis=0), CONFIDENCE))
 
 
-def _expanded(deviation: float, units: int) -> float:
+def _expanded(deviation: float, units: float) -> float:
     """Return a normal deviate made as much larger as Student's t asks for with this few units.
 
     Bootstrap intervals of few units are too narrow: the draws' variance is (n - 1) / n of the estimated one, and that

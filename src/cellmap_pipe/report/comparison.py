@@ -147,7 +147,7 @@ def write_comparison(
     write_text(out_html, _page(compared, ranking, scores, runs, describe_folds(folds_csv)))
 
 
-def _pair_records(compared: Compared) -> list[dict[str, str | float]]:
+def _pair_records(compared: Compared) -> list[dict[str, str | float | None]]:
     parts = (
         (compared.rules, CROPS, compared.official),
         (compared.rules, SPECIMENS, compared.specimens),
@@ -163,10 +163,7 @@ def _pair_records(compared: Compared) -> list[dict[str, str | float]]:
             "score_first": part.scores[each.first].score,
             "score_second": part.scores[each.second].score,
             "difference": each.difference,
-            "low": each.low,
-            "high": each.high,
-            "low_all": each.low_all,
-            "high_all": each.high_all,
+            **dict(zip(("low", "high", "low_all", "high_all"), _ends(each), strict=True)),
             "verdict": each.verdict,
         }
         for rules, drawn, part in parts
@@ -188,9 +185,8 @@ def _ranking(compared: Compared, runs: Sequence[Run]) -> list[list[Content]]:
                 *ranks[source],
                 groups[source],
                 entry.score,
-                entry.low,
-                entry.high,
-                Bar(entry.score, entry.low, entry.high),
+                *((entry.low, entry.high) if official.units > 1 else (None, None)),
+                Bar(entry.score, entry.low, entry.high) if official.units > 1 else Bar(entry.score),
                 compared.clean.scores[source].score if source in compared.clean.scores else None,
                 best - entry.score,
                 *summed_hours(own),
@@ -242,8 +238,10 @@ def _introduction(compared: Compared, division: str) -> list[str]:
         f"Validation: {division}. Scores are without unit; 1 is perfect. {rules_sentences([compared.rules, CLEAN])}",
         "Intervals say how far a score, or a difference, moves with the choice of crops. Each of "
         f"{official.resamples:,} drawings takes as many crops as there are, the same ones for every source: what makes "
-        "a crop hard for all cancels in a difference. They do not contain how far a score moves when a training is "
-        "repeated with another seed, as each was trained once per fold; a small difference that is shown here may "
+        "a crop hard for all cancels in a difference. Voxels and objects are pooled, so that a few large crops may "
+        "decide it: the interval of a difference is as wide as their number asks for, not that of all crops. Intervals "
+        "do not contain how far a score moves when a training is repeated with another seed, as each was trained once "
+        "per fold; a small difference that is shown here may "
         "still be luck of that kind.",
         f"'{SHOWN}': the difference holds among all {counted(len(official.differences), 'pair')} at once. "
         f"'{SHOWN_ALONE}': only if one had asked for this pair and no other; among many pairs some seem to differ by "
@@ -271,10 +269,7 @@ def _pairs(part: Comparison, name: str, drawn: str) -> list[str]:
             each.first,
             each.second,
             each.difference,
-            each.low,
-            each.high,
-            each.low_all,
-            each.high_all,
+            *_ends(each),
             Cell(each.verdict, VERDICTS_SHOWN[each.verdict]),
         ]
         for each in part.differences
@@ -320,6 +315,18 @@ def _by_clean(compared: Compared) -> list[str]:
     ]
 
 
+def _ends(each: Difference, *, turned: bool = False) -> list[float | None]:
+    """Return low, high, low_all and high_all, or None four times: of a single crop nothing varies.
+
+    turned: of the second source's score less the first's.
+    """
+    if each.units < 2:
+        return [None] * 4
+    if turned:
+        return [-each.high, -each.low, -each.high_all, -each.low_all]
+    return [each.low, each.high, each.low_all, each.high_all]
+
+
 def _claim(each: Difference) -> tuple[str, str]:
     """Return the verdict, and who is better where a difference is shown."""
     return each.verdict, each.first if each.verdict in (SHOWN, SHOWN_ALONE) else ""
@@ -334,8 +341,7 @@ def _gain(official: Comparison, scores: Sequence[Scores]) -> list[str]:
     rows: list[list[Content]] = []
     for each in of_ensemble:
         sign = 1 if each.first == ENSEMBLE else -1
-        low, high = sorted((sign * each.low, sign * each.high))
-        low_all, high_all = sorted((sign * each.low_all, sign * each.high_all))
+        low, high, low_all, high_all = _ends(each) if sign > 0 else _ends(each, turned=True)
         other = each.second if sign > 0 else each.first
         rows.append(
             [
@@ -373,8 +379,7 @@ def _gain(official: Comparison, scores: Sequence[Scores]) -> list[str]:
                     Cell(name, colour_of(name) if name in CLASSES else None),
                     by_class[name].units,
                     by_class[name].difference,
-                    by_class[name].low,
-                    by_class[name].high,
+                    *_ends(by_class[name])[:2],
                     Cell(by_class[name].verdict, VERDICTS_SHOWN[by_class[name].verdict]),
                 ]
                 for name in in_order(by_class)

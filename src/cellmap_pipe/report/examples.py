@@ -3,7 +3,7 @@
 import base64
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
@@ -19,12 +19,12 @@ from cellmap_pipe.colours import colour_of
 from cellmap_pipe.errors import CellmapError
 from cellmap_pipe.evaluation.challenge import aggregate
 from cellmap_pipe.evaluation.paired import kinds_score
-from cellmap_pipe.files import write_text
+from cellmap_pipe.files import read_json, write_text
 from cellmap_pipe.geometry import Lattice
 from cellmap_pipe.report.canvas import overlaid, round_length, thinned, visible
 from cellmap_pipe.report.pages import Cell, Column, Content, heading, page, paragraph, table
 from cellmap_pipe.report.slices import answer_plane, em_plane, segmented, truth_plane
-from cellmap_pipe.report.tables import read_csv, read_scores
+from cellmap_pipe.report.tables import Scores, read_csv, read_scores
 from cellmap_pipe.report.versions import rules_sentences
 
 Path = str | os.PathLike[str]
@@ -61,6 +61,13 @@ CLASS_COLUMNS: tuple[Column, ...] = (
     Column("best", ".3f", "score of the class in that crop alone"),
     Column("worst crop"),
     Column("worst", ".3f", "score of the class in that crop alone"),
+)
+
+UNDRAWN_COLUMNS: tuple[Column, ...] = (
+    Column("fold"),
+    Column("crop"),
+    Column("score", ".3f", "the challenge's score of this crop alone"),
+    Column("cause"),
 )
 
 _STYLE = """
@@ -151,11 +158,12 @@ def write_examples(
 ) -> None:
     """Write the page of one source's best and worst crops, over all its folds, and of the worst crop of each class.
 
-    score_jsons, segment_jsons: `scores/{source}/fold{k}.json` and the validation segmentations that they scored, in the
-    same order. Crops are ranked by `kinds_score`; up to `examples` of either end are shown. Planes are z planes at the
-    voxel size of the labels: the middle one, or, where no class is present in it, another one; of a single class the
-    one with the most wrong voxels. Voxels of which no class is known are striped in the truth: nothing is scored there.
-    An image that cannot be read is replaced by its cause. Raises ContractError for an unreadable JSON file.
+    score_jsons, segment_jsons: `scores/{source}/fold{k}.json` and the validation segmentations that they scored, in
+    the same order. Crops are ranked by `kinds_score`; up to `examples` of either end are shown. Planes are z planes
+    at the voxel size of the labels: the middle one, or, where no class is present in it, another one; of a single
+    class the one with the most wrong voxels. Crops that were scored without a segmentation are listed with its
+    cause. Voxels of which no class is known are striped in the truth: nothing is scored there. An image that cannot
+    be read is replaced by its cause. Raises ContractError for an unreadable JSON file.
     """
     scores = read_scores(score_jsons)
     crops = {row["crop"]: row for row in read_csv(crops_csv)}
@@ -186,6 +194,16 @@ def write_examples(
             table(CLASS_COLUMNS, [_class_row(name, *ends) for name, ends in worst.items()], name="classes"),
             heading("All crops"),
             table(CROP_COLUMNS, [_crop_row(crop, places[crop.name]) for crop in ranked], name="crops"),
+        ]
+    shown_names = {crop.name for crop in ranked}
+    undrawn = [
+        row for entry, path in zip(scores, segment_jsons, strict=True) for row in _undrawn(entry, path, shown_names)
+    ]
+    if undrawn:
+        parts += [
+            heading("Scored without a segmentation"),
+            paragraph("There is nothing to draw of these crops: all of their classes count as missed."),
+            table(UNDRAWN_COLUMNS, undrawn, name="undrawn"),
         ]
     failed = [[entry.fold, str(line)] for entry in scores for line in entry.content["failed"]]
     if failed:
@@ -220,6 +238,20 @@ def _crops_of(
         )
         for name, records in by_crop.items()
         if name in segments and name in crops
+    ]
+
+
+def _undrawn(scores: Scores, segment_json: Path, shown: Collection[str]) -> list[list[Content]]:
+    """Return the crops of one fold that were scored and are not shown: fold, name, score, and why."""
+    records: dict[str, list[Record]] = {}
+    for record in scores.content["records"]:
+        if record["status"] != "failed" and record["crop"] not in shown:
+            records.setdefault(str(record["crop"]), []).append(record)
+    segments = read_json(segment_json, "run `snakemake -R segment`")["records"]
+    causes = {str(record["name"]): str(record.get("cause") or record["status"]) for record in segments}
+    return [
+        [scores.fold, name, kinds_score(found), causes.get(name, "it is not in the list of segmentations")]
+        for name, found in sorted(records.items())
     ]
 
 

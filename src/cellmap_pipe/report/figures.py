@@ -27,6 +27,9 @@ Path = str | os.PathLike[str]
 _LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 _MARKERS = "osvPXD^*"
 
+# Markers on the lines of models: the first for as many as there are colours, the next for as many again.
+_ROUNDS = (".", "^", "s", "x")
+
 # More sources than this are drawn as a heat map: bars would become too thin to compare.
 _MOST_BARS = 6
 
@@ -67,13 +70,28 @@ def training_curves(histories: Sequence[Path], metrics: Sequence[Path], out: Pat
 
 
 def _styles(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return how each run's line is drawn: a colour for its model, a line style for its fold."""
-    colours = _series(list(dict.fromkeys(run.model for run in runs)))
+    """Return how each run's line is drawn: a colour for its model, a line style for its fold.
+
+    Models beyond the palette begin it again, with a marker that tells them from those before.
+    """
+    models = list(dict.fromkeys(run.model for run in runs))
+    colours = _series(models)
     folds = list(dict.fromkeys(run.fold for run in runs))
     return [
-        {"color": colours[run.model], "linestyle": _LINES[folds.index(run.fold) % len(_LINES)], "linewidth": 1.5}
+        {
+            "color": colours[run.model],
+            "linestyle": _LINES[folds.index(run.fold) % len(_LINES)],
+            "linewidth": 1.5,
+            "marker": _ROUNDS[models.index(run.model) // len(SERIES) % len(_ROUNDS)],
+            "markersize": 4,
+        }
         for run in runs
     ]
+
+
+def _few_marks(points: int) -> dict[str, Any]:
+    """Return how often a line of so many points is marked: in long ones markers would hide it and fill the file."""
+    return {"markevery": max(1, points // 12)}
 
 
 def _draw_run(run: Run, panels: tuple[Axes, Axes, Axes], style: Mapping[str, Any]) -> None:
@@ -84,10 +102,10 @@ def _draw_run(run: Run, panels: tuple[Axes, Axes, Axes], style: Mapping[str, Any
     for axes, name in ((loss, "loss"), (rate, "lr")):
         values = history.get(name, np.full(len(steps), np.nan))
         filled = np.isfinite(values)
-        axes.plot(steps[filled], values[filled], **style)
+        axes.plot(steps[filled], values[filled], **style, **_few_marks(int(filled.sum())))
     values = history.get("mean_dice", np.full(len(steps), np.nan))
     measured = np.isfinite(values)
-    dice.plot(steps[measured], values[measured], label=label, marker=".", markersize=4, **style)
+    dice.plot(steps[measured], values[measured], label=label, **style, **_few_marks(int(measured.sum())))
     if metric.get("best_mean_dice") is not None:
         dice.plot(
             metric["best_step"],
@@ -121,15 +139,14 @@ def training_usage(runs: Sequence[Run], out: Path, *, points: int = 120) -> None
         for run, style in measured:
             steps, (rate, share, host, gpu) = _course(run.usage, points)
             for axes, line in zip((speed, waiting, memory), (rate, share, host), strict=True):
-                # a short run may be a single point; in long ones markers would be most of the file
-                axes.plot(steps, line, label=_label(run), marker="." if len(steps) < 20 else "", markersize=4, **style)
+                axes.plot(steps, line, label=_label(run), **style, **_few_marks(len(steps)))
             if np.isfinite(gpu).any():
-                memory.plot(steps, gpu, marker="x", markersize=4, markevery=max(1, len(steps) // 10), **style)
+                memory.plot(steps, gpu, **style | {"marker": "+", "markersize": 6}, **_few_marks(len(steps)))
         speed.set(title="Speed", xlabel="step", ylabel="patches per second, all processes")
         waiting.set(title="Waiting for data", xlabel="step", ylabel="share of the steps' time (%)", ylim=(0, 100))
         waiting.axhline(100 * MOST_WAITING, color="#666666", linewidth=1.0, linestyle=(0, (1, 1)))
         memory.set(
-            title="Memory so far (x: of the GPU)", xlabel="step", ylabel="most memory of the first process (GiB)"
+            title="Memory so far (+: of the GPU)", xlabel="step", ylabel="most memory of the first process (GiB)"
         )
         for axes in (speed, waiting, memory):
             axes.grid(axis="y", color="#dddddd", linewidth=0.6)
@@ -169,10 +186,10 @@ def budgets(runs: Sequence[Run], out: Path) -> None:
         by_steps, by_hours = figure.subplots(1, 2, sharey=True)
         for run, style in zip(budget.runs, _styles(budget.runs), strict=True):
             steps, dice = run.validations()
-            by_steps.plot(steps, dice, label=_label(run), marker=".", markersize=4, **style)
+            by_steps.plot(steps, dice, label=_label(run), **style, **_few_marks(len(steps)))
             hours = run.hours_at(steps)
             if budget.hours is not None and hours is not None:
-                by_hours.plot(hours, dice, marker=".", markersize=4, **style)
+                by_hours.plot(hours, dice, **style, **_few_marks(len(hours)))
         kind = "GPU hours" if any(run.on_gpu for run in budget.runs) else "CPU hours (hours x processes)"
         by_steps.set(title="Over steps", xlabel="step", ylabel="smoothed mean Dice (no unit)", ylim=(0, 1))
         by_hours.set(title="Over hours", xlabel=kind if budget.hours is not None else "hours")

@@ -11,7 +11,7 @@ _STYLE = """
 body { font: 14px/1.45 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #1b1b1b; background: #fff;
   margin: 1.5rem; }
 h1 { font-size: 1.4rem; margin: 0 0 .4rem; } h2 { font-size: 1.1rem; margin: 1.6rem 0 .3rem; }
-p { max-width: 62rem; margin: .3rem 0 .6rem; }
+p { max-width: 62rem; margin: .3rem 0 .6rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; } .scroll + .scroll { margin-top: .8rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .22rem .6rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
