@@ -47,14 +47,16 @@ fail() { say "ERROR $*" >&2; exit 1; }
 
 job=${SLURM_JOB_ID:-}
 starts=${SLURM_RESTART_COUNT:-0}
-# What this job was given must not become what its jobs ask for: sbatch and srun read these as options.
-unset $(compgen -e | grep -E '^(SLURM|SBATCH|SRUN)_' | grep -vx SLURM_CONF)
+# What this job was given must not become what its jobs ask for, nor hide them: Slurm's commands read these as options.
+unset $(compgen -e | grep -E '^(SLURM|SBATCH|SRUN|SQUEUE|SACCT)_' | grep -vx SLURM_CONF)
 
 export SNAKEMAKE_PROFILE=${SNAKEMAKE_PROFILE:-profiles/longleaf}
 [[ -d $SNAKEMAKE_PROFILE ]] || fail "$SNAKEMAKE_PROFILE is not in $PWD; submit from the project's folder: cd there first"
 (($#)) || fail "no target given; for everything: sbatch profiles/longleaf/head.sh all --configfile mine.yaml"
+set +u # scripts of conda and of modules use what is not set
 command -v snakemake >/dev/null || activate || fail "the environment cannot be activated; edit activate() in $SNAKEMAKE_PROFILE/head.sh"
 command -v snakemake >/dev/null || fail "no snakemake on the PATH; run 'make install', or edit activate() in $SNAKEMAKE_PROFILE/head.sh"
+set -u
 PATH=$(cd "$SNAKEMAKE_PROFILE" && pwd)/bin:$PATH
 
 # The jobs of this run carry its number, which stays the same when it is queued again.

@@ -163,6 +163,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     if not Path("workflow/Snakefile").is_file():
         raise ConfigError(f"{Path.cwd()} holds no workflow/Snakefile; run this in the project's folder")
+    if not arguments.directory.is_dir():
+        raise ConfigError(f"--directory {arguments.directory}: is no folder; make it first")
     return diagnose(
         Doctor(
             profile=arguments.profile,
@@ -290,6 +292,7 @@ def _bar(unit: str) -> Iterator[Callable[[int, int], None]]:
 
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -388,12 +391,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="check a site before the first real job, and say what to edit")
     doctor.add_argument(
-        "--profile", type=Path, default=Path("profiles/longleaf"), help="folder of the profile (default: %(default)s)"
+        "--profile",
+        type=Path,
+        default=Path(os.environ.get("SNAKEMAKE_PROFILE") or "profiles/longleaf"),
+        help="folder of the profile (default: SNAKEMAKE_PROFILE, or else profiles/longleaf)",
     )
-    doctor.add_argument("--configfile", type=Path, nargs="+", default=[], help="as Snakemake's")
     doctor.add_argument(
-        "--directory", type=Path, default=Path(), help="as Snakemake's: where results are written (default: here)"
+        "--configfile", type=Path, nargs="+", default=[], help="configuration of the run, as Snakemake is given it"
     )
+    doctor.add_argument("--directory", type=Path, default=Path(), help="where results are written (default: here)")
     doctor.add_argument(
         "--submit",
         action=argparse.BooleanOptionalAction,
@@ -423,6 +429,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         return int(parsed.run(parsed))
+    except BrokenPipeError:  # who reads has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("ERROR stopped by Ctrl-C; what is written is whole: give the command again\n")
         return 130

@@ -107,9 +107,7 @@ def test_the_directions_are_those_of_the_programs(table):
 
 def test_lines_of_every_kind_are_read(table):
     assert table.values_of({"ratios": {"a": 1.0}, "targets": {"a": 2.0}}) == ({"a": 1.0}, {"a": 2.0})
-    search = {"seconds": 35.0, "ratio": 0.02, "targets": {"seconds": 90.0}}
-    assert table.values_of(search) == ({"ratio": 0.02, "seconds": 35.0}, {"seconds": 90.0})
-    labels = {"dice": {"masked": 0.77}, "difference": 0.07, "target": 0.05}
+    labels = {"dice": {"masked": 0.77}, "ratios": {"difference": 0.07}, "targets": {"difference": 0.05}}
     assert table.values_of(labels) == ({"difference": 0.07, "dice, masked": 0.77}, {"difference": 0.05})
     step = {"ratios": {"plain": 2.1}, "loss_share": {"segresnet_ds": 0.04, "unet_2d": 0.1}, "targets": {"plain": 2.0}}
     assert table.values_of(step) == ({"plain": 2.1, "loss_share": 0.04}, {"plain": 2.0})

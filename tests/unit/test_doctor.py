@@ -1,5 +1,6 @@
 """What the doctor reads from Slurm and Snakemake, and what it makes of a node's answer."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -7,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cellmap_pipe.cli import build_parser
 from cellmap_pipe.cluster.doctor import FAILED, OK, WARNING, Doctor, diagnose, probe_findings
 from cellmap_pipe.cluster.requests import Request, local_rules, parse_plan, read_profile, requests, sbatch_command
-from cellmap_pipe.cluster.site import gpus_of, minutes
+from cellmap_pipe.cluster.site import Association, Node, Partition, gpus_of, minutes
 from cellmap_pipe.errors import ConfigError
 from cellmap_pipe.training.probe import probe
 
@@ -71,10 +73,12 @@ def test_the_local_rules_are_those_of_snakemake():
 def test_a_plan_is_read_with_its_extra_options():
     text = (
         "rule train:\n    input: a\n    threads: 16\n"
-        "    resources: tmpdir=/tmp, mem_mb=<TBD>, gpu=2, slurm_extra=--reservation=mine --nice=5, qos=gold\n"
+        "    resources: tmpdir=/tmp, mem_mb=<TBD>, gpu=2, slurm_account=007, slurm_extra=--reservation=mine --nice=5, "
+        "qos=gold\n"
     )
     (found,) = parse_plan(text)
-    assert found == Request("train", 16, {"gpu": 2, "slurm_extra": "--reservation=mine --nice=5", "qos": "gold"}, 1)
+    resources = {"gpu": 2, "slurm_account": "007", "slurm_extra": "--reservation=mine --nice=5", "qos": "gold"}
+    assert found == Request("train", 16, resources, 1)
 
 
 def test_sbatch_is_asked_for_what_the_profile_says(monkeypatch):
@@ -159,6 +163,42 @@ def test_a_workstation_is_checked_without_slurm(monkeypatch, tmp_path):
     assert "nothing does not exist; set data.root" in text
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, r"mine\.yaml: cannot be read \(No such file"),
+        ("a: [1\nb: 2", r"mine\.yaml: line 2: is not YAML"),
+        ("train: {patchh: 3}", r"train\.patchh is not a known key; did you mean 'patch'\?"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_one_line_and_the_machine_is_checked_all_the_same(
+    monkeypatch, tmp_path, text, said
+):
+    monkeypatch.chdir(ROOT)
+    config = tmp_path / "mine.yaml"
+    if text:
+        config.write_text(text)
+    lines: list[str] = []
+    assert diagnose(Doctor(ROOT / "profiles/local", (config,), folder=tmp_path), lines.append) == 1
+    failed = [line for line in lines if line.startswith("FAILED")]
+    assert len(failed) == 1 and re.search(said, failed[0]) and "\n" not in failed[0]
+    assert any(line.startswith("ok") and "this machine: " in line for line in lines)
+    assert any("disk: " in line and "foreseen" not in line for line in lines)
+
+
+def test_what_snakemake_says_last_is_told_when_it_cannot_plan(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match=r"No such file or directory: '.*mine\.yaml'"):
+        requests(LONGLEAF, [tmp_path / "mine.yaml"])
+
+
+def test_the_profile_that_snakemake_takes_is_the_one_that_is_checked(monkeypatch):
+    monkeypatch.setenv("SNAKEMAKE_PROFILE", "profiles/mine")
+    assert build_parser().parse_args(["doctor"]).profile == Path("profiles/mine")
+    monkeypatch.delenv("SNAKEMAKE_PROFILE")
+    assert build_parser().parse_args(["doctor"]).profile == Path("profiles/longleaf")
+
+
 def test_a_profile_that_is_not_there_is_named(tmp_path):
     (finding,) = Doctor(tmp_path).findings()
     assert finding.outcome == FAILED and "give the folder of one by --profile" in finding.said
@@ -168,3 +208,60 @@ def test_the_scripts_of_the_profile_are_shell(tmp_path):
     for script in (LONGLEAF / "head.sh", LONGLEAF / "bin/sbatch"):
         subprocess.run(["bash", "-n", str(script)], check=True, timeout=10)
         assert script.stat().st_mode & 0o111
+
+
+NODES = (Node("g1", "drained", 64, 500_000, {"l40s": 8}), Node("g2", "idle", 64, 500_000, {"l40s": 4}))
+SITE = {
+    "l40-gpu": Partition("l40-gpu", True, None, ("gpu_access",), None, NODES),
+    "small": Partition("small", True, None, None, ("Lab", "Other"), NODES),
+    "general": Partition("general", True, 15840.0, None, None, (Node("c1", "mixed", 48, 200_000, {}),)),
+}
+
+
+def asked(**resources: int | str) -> Request:
+    usual: dict[str, int | str] = {"slurm_account": "lab", "slurm_partition": "l40-gpu", "runtime": 60, "mem_mb": 8000}
+    return Request("train", 1, {**usual, **resources}, 1)
+
+
+@pytest.mark.parametrize(
+    ("default", "resources", "said"),
+    [
+        ("", {}, "no QOS, but partition l40-gpu takes only gpu_access"),
+        ("gpu_access", {}, None),  # Slurm takes it for a job that names none
+        ("gpu_access", {"qos": "long"}, "QOS 'long', but partition l40-gpu takes only gpu_access"),
+        ("", {"qos": "gpu_access"}, None),
+        ("", {"slurm_partition": "l40-gpu,general", "qos": "gpu_access"}, None),
+        ("", {"slurm_partition": "general,l40gpu"}, "there is no partition 'l40gpu'"),
+        ("", {"slurm_partition": "small", "slurm_account": "LAB, other"}, None),
+        ("", {"slurm_partition": "small", "slurm_account": "other lab"}, "account is 'other'"),
+    ],
+)
+def test_access_is_judged_as_slurm_judges_it(default, resources, said):
+    charged = [Association("lab", "", ("gpu_access", "long"), default)]
+    faults = [finding.said for finding in Doctor(LONGLEAF)._access(asked(**resources), SITE, charged)]
+    assert len(faults) == bool(said)
+    assert said is None or said in faults[0]
+
+
+@pytest.mark.parametrize(("gpus", "outcomes"), [(4, []), (8, [WARNING]), (9, [FAILED])])
+def test_what_only_a_drained_node_holds_waits_and_what_none_holds_fails(gpus, outcomes):
+    found = list(Doctor(LONGLEAF)._fit(asked(gpu=gpus, gpu_model="l40s"), SITE))
+    assert [finding.outcome for finding in found] == outcomes
+    assert all("out of use just now" in finding.said for finding in found if finding.outcome == WARNING)
+
+
+def test_an_interrupted_doctor_leaves_no_job_in_the_queue(tmp_path, monkeypatch):
+    answers = {"sbatch": "echo 77", "squeue": "echo 'PENDING|Priority|N/A'", "scancel": f"echo $@ > {tmp_path}/ended"}
+    for name, script in answers.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cellmap_pipe.cluster.doctor.Doctor._await", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(Doctor(LONGLEAF, folder=tmp_path)._probed(asked()))
+    assert (tmp_path / "ended").read_text() == "77\n"
+    assert not list(tmp_path.glob("doctor-*"))

@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import snakemake_executor_plugin_slurm as plugin
 
 from cellmap_pipe.cluster.executor import mend_executor
+from cellmap_pipe.errors import ConfigError
 
 LISTED = "printf '%s\\n' '7|CANCELLED by 1000' '8|COMPLETED' '9|'"
 
@@ -68,3 +71,21 @@ def test_an_interrupt_while_states_are_asked_for_cancels_the_jobs(monkeypatch: p
     assert asyncio.run(look()) == jobs[1:]
     executor.cancel_jobs(jobs[1:])
     assert cancelled == [[], ["7", "8"], ["8"]]
+
+    # and what waits for sbatch is not submitted any more
+    submitted: list[str] = []
+    slow = threading.Event()
+    executor._job_submission_executor = pool = ThreadPoolExecutor(1)  # type: ignore[attr-defined]
+    pool.submit(slow.wait, 60)
+    pool.submit(submitted.append, "9")
+    executor.cancel_jobs([])
+    slow.set()
+    pool.shutdown(wait=True)
+    assert submitted == []
+
+
+def test_another_version_of_the_executor_is_refused_with_the_one_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(plugin, "query_job_status")
+    with pytest.raises(ConfigError, match=r"is not made as version 2\.8\.0, .*; install that: pip install sn"):
+        mend_executor()
+    assert not hasattr(plugin, "mended")

@@ -108,6 +108,22 @@ def test_torn_owner_file_of_a_crashed_machine_is_replaced(tmp_path: Path, conten
         assert json.loads((tmp_path / "owner.json").read_text())["pid"] == os.getpid()
 
 
+def test_link_that_was_made_though_the_disk_says_it_was_there_is_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS asks a second time where the first answer was lost."""
+    link = os.link
+
+    def lost_answer(source: Path, target: Path) -> None:
+        link(source, target)
+        raise FileExistsError(target)
+
+    monkeypatch.setattr(os, "link", lost_answer)
+    with Owner(tmp_path):
+        assert json.loads((tmp_path / "owner.json").read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_number_of_a_process_says_nothing_in_another_container_or_after_a_restart_of_the_machine() -> None:
     now = time.time()
     mine = {**owner._machine(), "pid": os.getpid(), "started": owner.start_ticks(os.getpid()), "heartbeat": now}
@@ -125,6 +141,9 @@ def test_ended_job_or_our_own_started_again_elsewhere_is_watched_and_not_an_erro
     now = time.time()
     squeue(tmp_path, monkeypatch, "echo COMPLETING")
     assert look_at(holder(job="5", heartbeat=now - 20), now) is Holder.ENDING
+    for state in ("OUT_OF_MEMORY", "PREEMPTED"):
+        squeue(tmp_path, monkeypatch, f"echo {state}")
+        assert look_at(holder(job="5", heartbeat=now - 20), now) is Holder.ENDING
     squeue(tmp_path, monkeypatch, "echo RUNNING")
     assert look_at(holder(job="5", heartbeat=now - 20), now) is Holder.LIVES
     monkeypatch.setenv("SLURM_JOB_ID", "5")  # its node failed, and Slurm started it again under its number

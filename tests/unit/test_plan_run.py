@@ -228,3 +228,17 @@ def test_check_of_another_network_is_not_counted(tmp_path: Path) -> None:
     settings = config()
     write_network(tmp_path, settings, patch=[8, 8, 8])
     assert "no results/networks" in row_of(plan_run(settings, tmp_path), "train", "unet_3d").basis
+
+
+def test_tables_that_another_version_wrote_or_a_crash_tore_count_as_missing(tmp_path: Path) -> None:
+    settings = config()
+    network = write_network(tmp_path, settings)
+    write_table(tmp_path, {})
+    assert row_of(plan_run(settings, tmp_path), "train", "unet_3d").basis.startswith("FLOPs")
+    table = tmp_path / "results/quality/8nm/crops.csv"
+    for content in (b"crop,verdict\nset/crop0,keep\n", b"\xff\0" * 100_000):
+        table.write_bytes(content)
+        assert any("no quality table yet" in note for note in plan_run(settings, tmp_path).notes)
+    del network["forward_gflop"]
+    (tmp_path / "results/networks/unet_3d.json").write_text(json.dumps(network))
+    assert row_of(plan_run(settings, tmp_path), "train", "unet_3d").basis.startswith("unknown: no results/networks/")

@@ -62,6 +62,7 @@ def test_training_is_followed_from_its_start_to_its_end(tmp_path: Path) -> None:
     assert 0 <= running.eta_s < 3600
     text = as_text(status(tmp_path))
     assert re.search(rf"unet_3d +2 +running +\d+/600 .* process {process.pid} on ", text)
+    assert "GPU" not in text  # none is in use, and none is told of
 
     process.terminate()
     assert finish(process) == [1]
@@ -113,6 +114,8 @@ def test_half_written_files_are_passed_over(tmp_path: Path) -> None:
     for name in ("owner.json", "request.json", "usage.csv"):
         (run_dir / name).write_text('{"host": ')
     assert only(tmp_path).state == "stopped"
+    (run_dir / "request.json").write_text('{"settings": null, "log": null}')
+    assert only(tmp_path).state == "stopped"
 
 
 def test_runs_that_were_set_aside_are_not_shown(tmp_path: Path) -> None:
@@ -149,6 +152,46 @@ def test_queue_that_does_not_answer_is_a_note(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(SlurmError, match="Unable to contact"):
         jobs()
     assert "what waits in the queue is not known" in as_text(status(tmp_path))
+
+
+def queue(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> Path:
+    """Put a `squeue` on the path that lists `lines`, and return the file in which it notes how it was called."""
+    program, calls = folder / "bin/squeue", folder / "calls.txt"
+    program.parent.mkdir()
+    listed = "\n".join(f"{line}|{folder}|rule_train_wildcards_unet_3d_{fold}" for fold, line in enumerate(lines))
+    (folder / "queue.txt").write_text(listed + "\n")
+    program.write_text(f'#!/bin/sh\necho $SQUEUE_STATES "$*" >> {calls}\ncat {folder}/queue.txt\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    return calls
+
+
+def test_slurm_is_asked_once_however_many_trainings_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SQUEUE_STATES", "PENDING")  # a habit of the user, which would hide what runs
+    lines = [f"{number}|RUNNING|None|l40-gpu|1:00|4-00:00:00|N/A|g1801" for number in range(5)]
+    calls = queue(tmp_path, monkeypatch, *lines)
+    for fold in range(5):
+        run_dir = tmp_path / f"runs/unet_3d/fold{fold}"
+        run_dir.mkdir(parents=True)
+        owner = {"host": "g1801", "pid": 7, "job": str(fold), "heartbeat": time.time(), "started": 1, "token": "x"}
+        (run_dir / "owner.json").write_text(json.dumps(owner))
+    found = status(tmp_path)
+    assert [(run.fold, run.state, run.host) for run in found.runs] == [(str(n), "running", "g1801") for n in range(5)]
+    assert len(calls.read_text().splitlines()) == 1
+    assert "PENDING" not in calls.read_text()
+
+
+def test_training_that_slurm_started_again_waits_though_its_first_life_left_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue(tmp_path, monkeypatch, "4711|PENDING|BeginTime|l40-gpu|0:00|4-00:00:00|N/A|")
+    run_dir = tmp_path / "runs/unet_3d/fold0"
+    run_dir.mkdir(parents=True)
+    owner = {"host": "g1801", "pid": 7, "job": "4711", "heartbeat": time.time(), "started": 1, "token": "x"}
+    (run_dir / "owner.json").write_text(json.dumps(owner))
+    run = only(tmp_path)
+    assert (run.state, run.job, run.host) == ("queued", "4711", None)
+    assert run.why.startswith("waits for its time to begin")
 
 
 def test_comment_of_a_job_names_rule_and_wildcards() -> None:

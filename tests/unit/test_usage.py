@@ -111,6 +111,15 @@ def test_line_that_a_kill_cut_short_is_passed_over_and_spoils_no_other(tmp_path:
     assert path.read_bytes().count(b"\n") == 3
 
 
+def test_spoilt_line_hides_none_that_follow(tmp_path: Path) -> None:
+    UsageLog(tmp_path, 1, 'GPU "A", rev. 1').write(1)
+    path = tmp_path / NAME
+    spoilt = b'"\xff, then a block of zeros:' + b"\0" * 200_000 + b"\n"
+    path.write_bytes(path.read_bytes() + spoilt)
+    UsageLog(tmp_path, 1, "cpu").write(2)
+    assert [(line.step, line.device) for line in read_usage(tmp_path)] == [(1, 'GPU "A", rev. 1'), (2, "cpu")]
+
+
 def test_line_that_lacks_only_its_end_is_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     UsageLog(tmp_path, 1, "cpu").write(1)

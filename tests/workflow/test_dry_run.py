@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,22 @@ def test_the_cluster_profile_is_planned():
     assert jobs["train"] == 4
     assert "fetch" not in jobs
     assert plan("--profile", "profiles/longleaf", "fetch", "fetch_plan", "export_nnunet")["nnunet"] == 2
+
+
+def test_without_slurm_jobs_for_it_are_refused_in_one_line_and_what_runs_here_is_done(tmp_path, monkeypatch):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("bash", "sh", "which"):
+        (programs / name).symlink_to(shutil.which(name) or name)
+    monkeypatch.setenv("PATH", str(programs))
+    profile = ("--profile", ROOT / "profiles/longleaf", "--slurm-init-seconds-before-status-checks", 1)
+    given = ("--configfile", ROOT / "config/demo.yaml", *profile)
+    refused = in_folder(tmp_path, "all", *given)
+    assert refused.returncode == 1
+    lines = [line for line in (refused.stdout + refused.stderr).splitlines() if "ERROR" in line or "Error" in line]
+    assert len(lines) == 1 and "this machine has none; run it on a login node" in lines[0]
+    planned = in_folder(tmp_path, "plan", *given)
+    assert planned.returncode == 0 and (tmp_path / "results/plan.csv").is_file(), planned.stderr
 
 
 def test_data_are_fetched_only_when_asked_for_and_then_need_no_data(tmp_path):

@@ -16,7 +16,7 @@ from typing import Any
 
 from cellmap_pipe.cluster.plan import plan_run
 from cellmap_pipe.cluster.requests import Request, profile_file, read_profile, requests, sbatch_command
-from cellmap_pipe.cluster.site import Association, Partition, associations, partitions
+from cellmap_pipe.cluster.site import Association, Node, Partition, associations, partitions
 from cellmap_pipe.cluster.slurm import SlurmError, ask, installed
 from cellmap_pipe.config import Config, load_config, merged
 from cellmap_pipe.errors import CellmapError, ConfigError
@@ -73,8 +73,10 @@ class Doctor:
         except ConfigError as error:
             yield Finding(FAILED, "profile", str(error))
             return
+        config: Config | None = None
         planned: list[Request] = []
         try:
+            config = self._config()
             planned = requests(self.profile, self.configfiles)
             jobs = sum(request.jobs for request in planned)
             yield Finding(
@@ -87,8 +89,9 @@ class Doctor:
         else:
             yield Finding(SKIPPED, "Slurm", f"{self._file} names no `executor: slurm`; jobs run on this machine")
             yield from self._machine(planned)
-        yield from self._room()
-        yield from self._data()
+        yield from self._room(config)
+        if config:
+            yield from self._data(config)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -171,20 +174,19 @@ class Doctor:
         self, request: Request, site: Mapping[str, Partition], charged: Sequence[Association] | None
     ) -> Iterator[Finding]:
         """Yield why the user may not send these jobs: account, partition, QOS."""
-        account, name, qos = (request.text(key) for key in ("slurm_account", "slurm_partition", "qos"))
+        account, name, qos = request.account, request.text("slurm_partition"), request.text("qos")
         title = _title(request)
-        partition = site.get(name)
-        if name and partition is None:
-            known = nearest(name, list(site))
-            yield Finding(
-                FAILED, title, f"there is no partition '{name}'; {known}; edit {self._key(request, 'slurm_partition')}"
-            )
-        elif partition and not partition.up:
+        partition = site.get(name)  # of several names, any of which may take the job, sbatch decides
+        for part in filter(None, name.split(",")):
+            if part not in site:
+                known, where = nearest(part, list(site)), self._key(request, "slurm_partition")
+                yield Finding(FAILED, title, f"there is no partition '{part}'; {known}; edit {where}")
+        if partition and not partition.up:
             yield Finding(WARNING, title, f"partition {name} is down just now; its jobs wait until it is up")
         if not account:
             yield Finding(FAILED, title, f"no account; set {self._key(request, 'slurm_account')}")
+        mine = [entry for entry in charged or () if entry.account.lower() == account.lower()]
         if charged is not None and account:
-            mine = [entry for entry in charged if entry.account.lower() == account.lower()]
             accounts = ", ".join(dict.fromkeys(entry.account for entry in charged))
             if not mine:
                 came = " (as it came)" if account == PLACEHOLDER else ""
@@ -193,7 +195,7 @@ class Doctor:
                     title,
                     f"account is '{account}'{came}; yours: {accounts}; edit {self._key(request, 'slurm_account')}",
                 )
-            elif qos and not any(qos in entry.qos for entry in mine if entry.partition in ("", name)):
+            elif qos and not any(qos in entry.qos for entry in mine if entry.partition in ("", *name.split(","))):
                 allowed = ", ".join(dict.fromkeys(name for entry in mine for name in entry.qos)) or "none"
                 yield Finding(
                     FAILED,
@@ -201,7 +203,8 @@ class Doctor:
                     f"QOS '{qos}' is not open to account {account}; it has: {allowed}; "
                     f"edit {self._key(request, 'qos')}, or ask the site for it",
                 )
-        if partition and partition.qos is not None and qos not in partition.qos:
+        given = {qos} if qos else {entry.default_qos for entry in mine}
+        if partition and partition.qos is not None and not given & set(partition.qos):
             said = f"QOS '{qos}'" if qos else "no QOS"
             yield Finding(
                 FAILED,
@@ -209,11 +212,11 @@ class Doctor:
                 f"{said}, but partition {name} takes only {', '.join(partition.qos)}; "
                 f"set {self._file}: set-resources.{request.rule}.qos",
             )
-        if partition and partition.accounts is not None and account not in partition.accounts:
+        if partition and account.lower() not in map(str.lower, partition.accounts or [account]):
             yield Finding(
                 FAILED,
                 title,
-                f"partition {name} is not open to account {account}, only to {', '.join(partition.accounts)}; "
+                f"partition {name} is not open to account {account}, only to {', '.join(partition.accounts or ())}; "
                 f"edit {self._key(request, 'slurm_partition')}",
             )
 
@@ -222,11 +225,23 @@ class Doctor:
         partition = site.get(request.text("slurm_partition"))
         if partition is None:
             return
-        title, where = _title(request), f"partition {partition.name}"
         nodes = [node for node in partition.nodes if node.in_use]
         if not nodes:
-            yield Finding(WARNING, title, f"no node of {where} is in use just now; its jobs wait")
+            where = f"no node of partition {partition.name}"
+            yield Finding(WARNING, _title(request), f"{where} is in use just now; its jobs wait")
             return
+        ever = [*self._lacking(request, partition, partition.nodes)]
+        yield from ever
+        if any(fault.outcome == FAILED for fault in ever):
+            return
+        for fault in self._lacking(request, partition, nodes):
+            if fault.outcome == FAILED:
+                said = f"its jobs wait for nodes that are out of use just now ({fault.said})"
+                yield Finding(WARNING, fault.subject, said)
+
+    def _lacking(self, request: Request, partition: Partition, nodes: Sequence[Node]) -> Iterator[Finding]:
+        """Yield why none of the nodes can hold such a job, at its first attempt or at its last."""
+        title, where = _title(request), f"partition {partition.name}"
         runtime = request.number("runtime")
         if partition.max_minutes is not None and runtime > partition.max_minutes:
             yield Finding(
@@ -324,7 +339,11 @@ class Doctor:
             command = [*sbatch_command(asked, self.settings), f"--output={log}", f"--chdir={folder}"]
             sent = time.time()
             job = ask(*command, f"--wrap={work}").strip().split(";")[0]
-            state = self._await(job, answer)
+            try:
+                state = self._await(job, answer)
+            except BaseException:  # Ctrl-C, for one, while it waits
+                subprocess.run(["scancel", job], timeout=60, check=False)
+                raise
             if state:
                 yield Finding(state[0], subject, state[1])
                 return
@@ -443,18 +462,15 @@ class Doctor:
                 return
             yield from probe_findings(read_json(answer), "here", len(gpus), began, time.time(), "this machine")
 
-    def _room(self) -> Iterator[Finding]:
+    def _room(self, config: Config | None) -> Iterator[Finding]:
         """Yield whether the working folder's disk has room for the results, and what else of the plan cannot fit."""
         usage = os.statvfs(self.folder)
         free, files = usage.f_bavail * usage.f_frsize / 1e9, usage.f_favail
         place = self.folder.resolve()
-        try:
-            plan = plan_run(self._config(), self.folder)
-        except ConfigError:  # told of with the data
-            plan = None
+        plan = plan_run(config, self.folder, retries=int(self.settings.get("retries", 0))) if config else None
         for fault in plan.faults if plan else ():
             yield Finding(FAILED, "plan", fault)
-        known = f", the results that can be foreseen take {plan.disk_gb:.3g}" if plan else ""
+        known = f", the results that can be foreseen take {plan.disk_gb:.3g} GB" if plan and plan.disk_gb else ""
         yield Finding(
             WARNING if free < LEAST_FREE_GB else OK,
             "disk",
@@ -463,16 +479,11 @@ class Doctor:
         if usage.f_files > 0 and files < LEAST_FREE_FILES:
             yield Finding(WARNING, "disk", f"{place} takes {files} more files; predictions are stored in very many")
 
-    def _data(self) -> Iterator[Finding]:
+    def _data(self, config: Config) -> Iterator[Finding]:
         """Yield whether the data are where the configuration says and can be read."""
         from cellmap_pipe.prepare.crops import find_crops
         from cellmap_pipe.prepare.ngff import open_level, read_box, read_image
 
-        try:
-            config = self._config()
-        except ConfigError as error:
-            yield Finding(FAILED, "data", str(error).split("\n")[0])
-            return
         if config.data.phantom:
             yield Finding(SKIPPED, "data", "data.phantom is set: the workflow makes them")
             return
@@ -577,7 +588,10 @@ def diagnose(doctor: Doctor, say: Callable[[str], None]) -> int:
         counts[finding.outcome] = counts.get(finding.outcome, 0) + 1
         say(str(finding))
     failed, warnings = counts.get(FAILED, 0), counts.get(WARNING, 0)
-    say(f"{failed} failed, {warnings} warnings" + ("" if failed else "; the first job may be sent"))
+    say(
+        f"{failed} failed, {warnings} warning{'' if warnings == 1 else 's'}"
+        + ("" if failed else "; the first job may be sent")
+    )
     return 1 if failed else 0
 
 

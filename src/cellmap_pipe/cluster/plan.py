@@ -17,8 +17,8 @@ from cellmap_pipe.config import Config, JobResources, Model
 from cellmap_pipe.errors import ConfigError
 from cellmap_pipe.files import replacing
 from cellmap_pipe.geometry import vec3
-from cellmap_pipe.prediction.assignment import aligned
 from cellmap_pipe.prediction.plan import OUTPUTS, count_windows, make_plans
+from cellmap_pipe.text import aligned
 from cellmap_pipe.training.usage import CPU, Usage, read_usage
 
 # Dense bf16 (or fp16) peak of a GPU in TFLOP/s and its memory in 10^9 bytes, by the makers' data sheets.
@@ -462,7 +462,8 @@ class _Planner:
     def _crops(self, grid: str) -> list[dict[str, Any]]:
         """Return the crops that are used: name, shape in voxels, train_mb and predict_mb; none before `quality`."""
         if grid not in self._tables:
-            rows = _rows_of(self.folder / f"results/quality/{grid}/crops.csv")
+            columns = {"crop", "verdict", "shape", "train_mb", "predict_mb"}
+            rows = _rows_of(self.folder / f"results/quality/{grid}/crops.csv", columns)
             self._tables[grid] = [
                 {
                     "crop": row["crop"],
@@ -481,7 +482,8 @@ class _Planner:
 
     @cached_property
     def _volumes(self) -> list[dict[str, str]]:
-        return _rows_of(self.folder / "results/predict/plan_models.csv")
+        columns = {"model", "volume", "windows", "memory_gb", "output_gb"}
+        return _rows_of(self.folder / "results/predict/plan_models.csv", columns)
 
     def _voxels(self) -> int:
         return sum(math.prod(row["shape"]) for grid in self.config.grids_in_use for row in self._crops(grid))
@@ -490,7 +492,7 @@ class _Planner:
         """Return what the model's network check found; None before it, or if it was of another patch or network."""
         found = read_object(self.folder / f"results/networks/{model.name}.json")
         same = found.get("patch") == list(model.train["patch"]) and found.get("network") == model.network
-        return found if same else None
+        return found if same and found.keys() >= {"batch", "forward_gflop", "memory_gb", "precision"} else None
 
     def _job(self, asked: Asked | None) -> dict[str, Any]:
         attempts = None if self.retries is None else self.retries + 1
@@ -547,12 +549,14 @@ def _of(job: JobResources) -> Asked:
     return Asked(job.gpus, job.threads, job.mem_mb / 1e3, job.runtime_min / 60)
 
 
-def _rows_of(path: Path) -> list[dict[str, str]]:
+def _rows_of(path: Path, columns: set[str]) -> list[dict[str, str]]:
+    """Return the rows of a table, none of one that is not there, not readable, or of another version's columns."""
     try:
         with path.open(newline="") as stream:
-            return list(csv.DictReader(stream))
-    except OSError:
+            rows = list(csv.DictReader(stream))
+    except (OSError, ValueError, csv.Error):
         return []
+    return rows if rows and rows[0].keys() >= columns else []
 
 
 def _number(text: str) -> float:

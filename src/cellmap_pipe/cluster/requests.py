@@ -38,6 +38,11 @@ class Request:
         return str(self.resources.get(name, ""))
 
     @property
+    def account(self) -> str:
+        """The account that is charged: of several, parted by commas or blanks, the plugin takes the first."""
+        return next(iter(self.text("slurm_account").replace(",", " ").split()), "")
+
+    @property
     def cpus(self) -> int:
         return self.number("cpus_per_task") or self.threads
 
@@ -85,7 +90,7 @@ def requests(profile: Path, configfiles: Sequence[Path] = (), target: str = "all
         raise ConfigError(f"`{shlex.join(command)}` did not end within {PLAN_SECONDS:g} s") from None
     said = done.stdout + done.stderr
     if done.returncode:
-        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        lines = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith("Using profile")]
         named = [line.removeprefix("ERROR ") for line in lines if line.startswith("ERROR ")] or lines[-1:]
         raise ConfigError(" ".join(named) or f"`{shlex.join(command)}` ended with status {done.returncode}")
     return parse_plan(said, local_rules(Path("workflow")))
@@ -101,7 +106,7 @@ def parse_plan(text: str, local: Iterable[str] = ()) -> list[Request]:
             continue
         threads = re.search(r"^ +threads: (\d+)$", block, re.MULTILINE)
         resources = {
-            name: int(value) if re.fullmatch(r"-?\d+", value) else value
+            name: int(value) if re.fullmatch(r"-?[1-9]\d*|0", value) else value  # an account may be 007
             for name, value in re.findall(r"(\w+)=(.*?)(?=, \w+=|$)", line[1])
             if "<TBD>" not in value and name not in ("tmpdir", "mem", "mem_mib", "disk", "disk_mib")
         }
@@ -136,7 +141,7 @@ def sbatch_command(request: Request, settings: Mapping[str, Any]) -> list[str]:
         "run_uuid": "cellmap-doctor",
         "slurm_logfile": "/dev/null",
         "comment_str": f"rule_{request.rule}",
-        "account": f"-A {shlex.quote(request.text('slurm_account'))}" if request.text("slurm_account") else "",
+        "account": f"-A {shlex.quote(request.account)}" if request.account else "",
         "partition": f"-p {shlex.quote(request.text('slurm_partition'))}" if request.text("slurm_partition") else "",
         "workdir": None,
     }

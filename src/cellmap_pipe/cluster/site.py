@@ -44,11 +44,15 @@ class Partition:
 
 @dataclass(frozen=True)
 class Association:
-    """What a user may charge: an account, perhaps in one partition only, with these QOS."""
+    """What a user may charge: an account, perhaps in one partition only, with these QOS.
+
+    default_qos: that of jobs that name none, empty if Slurm decides.
+    """
 
     account: str
     partition: str
     qos: tuple[str, ...]
+    default_qos: str = ""
 
 
 def minutes(text: str) -> float | None:
@@ -78,12 +82,12 @@ def gpus_of(gres: str) -> dict[str, int]:
 def partitions() -> dict[str, Partition]:
     """Return the partitions by name. Raises SlurmError if Slurm does not answer."""
     nodes: dict[str, list[Node]] = {}
-    for line in ask("sinfo", "--noheader", "--Node", "--format=%R|%N|%T|%c|%m|%G").splitlines():
+    for line in ask("sinfo", "--all", "--noheader", "--Node", "--format=%R|%N|%T|%c|%m|%G").splitlines():
         partition, name, state, cpus, memory, gres = line.split("|")
         node = Node(name, state.lower(), _number(cpus), _number(memory), gpus_of(gres))
         nodes.setdefault(partition, []).append(node)
     found = {}
-    for line in ask("scontrol", "--oneliner", "show", "partition").splitlines():
+    for line in ask("scontrol", "--all", "--oneliner", "show", "partition").splitlines():
         values = dict(re.findall(r"(\w+)=(\S*)", line))
         if title := values.get("PartitionName"):
             found[title] = Partition(
@@ -102,12 +106,12 @@ def associations(user: str) -> list[Association] | None:
     try:
         listed = ask(
             *["sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={user}"],
-            "format=account,partition,qos",
+            "format=account,partition,qos,defaultqos",
         )
     except SlurmError:
         return None
-    rows = [line.split("|") for line in listed.splitlines() if line.count("|") == 2]
-    return [Association(row[0], row[1], tuple(filter(None, row[2].split(",")))) for row in rows] or None
+    rows = [line.split("|") for line in listed.splitlines() if line.count("|") == 3]
+    return [Association(row[0], row[1], tuple(filter(None, row[2].split(","))), row[3]) for row in rows] or None
 
 
 def _allowed(text: str) -> tuple[str, ...] | None:

@@ -1,11 +1,14 @@
 """Slurm's commands, asked for their answer."""
 
+import os
 import shutil
 import subprocess
 
 from cellmap_pipe.errors import CellmapError
 
 ANSWER_SECONDS = 30.0
+# What users set to have Slurm answer them otherwise: other columns, states and partitions, other dates.
+HABITS = ("SQUEUE_", "SINFO_", "SACCT_", "SLURM_TIME_FORMAT")
 
 
 class SlurmError(CellmapError):
@@ -19,10 +22,13 @@ def installed(program: str = "sbatch") -> bool:
 
 def ask(*command: str, seconds: float = ANSWER_SECONDS) -> str:
     """Return what a command of Slurm prints. Raises SlurmError if it is missing, fails or takes too long."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(HABITS)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment, check=False)
     except FileNotFoundError:
         raise SlurmError(f"{command[0]} is not installed here; a login node of the cluster has it") from None
+    except OSError as error:
+        raise SlurmError(f"`{' '.join(command)}` could not be started: {error}") from None
     except subprocess.TimeoutExpired:
         raise SlurmError(f"`{' '.join(command)}` did not answer within {seconds:g} s; Slurm is down or busy") from None
     if done.returncode:

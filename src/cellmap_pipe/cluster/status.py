@@ -7,14 +7,14 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cellmap_pipe.cluster.queue import Job, jobs, reason_in_words
 from cellmap_pipe.cluster.slurm import SlurmError, installed
-from cellmap_pipe.prediction.assignment import aligned
+from cellmap_pipe.text import aligned
 from cellmap_pipe.training.owner import is_stale
 from cellmap_pipe.training.usage import Usage, cost, read_usage
 
@@ -101,7 +101,7 @@ def status(folder: Path, *, now: float | None = None) -> Status:
         )
     return Status(
         str(folder),
-        [_run(folder, *name, trainings.get(name), now) for name in sorted(names)],
+        [_run(folder, *name, trainings.get(name), {job.id: job for job in queue}, now) for name in sorted(names)],
         {rule: dict(counts) for rule, counts in sorted(others.items())},
         notes,
     )
@@ -143,13 +143,13 @@ def _queue(folder: Path) -> tuple[list[Job], list[str]]:
         return [], [f"what waits in the queue is not known: {error}"]
 
 
-def _run(folder: Path, model: str, fold: str, job: Job | None, now: float) -> Run:
+def _run(folder: Path, model: str, fold: str, job: Job | None, queue: Mapping[str, Job], now: float) -> Run:
     run_dir, results = folder / f"runs/{model}/fold{fold}", folder / f"results/train/{model}/fold{fold}"
     request = read_object(run_dir / "request.json")
-    settings = request.get("settings", {})
-    log = _tail(folder / request.get("log", f"logs/train/{model}_fold{fold}.log"))
+    settings = request.get("settings") or {}
+    log = _tail(folder / (request.get("log") or f"logs/train/{model}_fold{fold}.log"))
     owner = read_object(run_dir / "owner.json")
-    alive = bool(owner) and not is_stale(owner, now)
+    alive = bool(owner) and _lives(owner, queue, now)
     metrics = read_object(results / "metrics.json")
     lines = read_usage(run_dir)
     spent = cost(lines)
@@ -203,6 +203,16 @@ def _run(folder: Path, model: str, fold: str, job: Job | None, now: float) -> Ru
         pid=owner.get("pid") if alive else None,
         why=why,
     )
+
+
+def _lives(owner: Mapping[str, Any], queue: Mapping[str, Job], now: float) -> bool:
+    """Return whether the training that an owner file names is going on.
+
+    Slurm is not asked again about a job that is in the queue: there may be many. One that waits there was started again
+    by Slurm, and what held the directory is gone with its node.
+    """
+    job = queue.get(str(owner.get("job")))
+    return not job.waits if job is not None else not is_stale(dict(owner), now)
 
 
 def _recent(lines: Sequence[Usage]) -> list[Usage]:
@@ -276,7 +286,7 @@ def _row(run: Run) -> dict[str, str]:
         "waiting": "" if run.waiting is None else f"{run.waiting:.0%}",
         "memory": "" if run.memory_gib is None else f"{run.memory_gib:.1f} GiB",
         "GPU memory": "" if run.gpu_memory_gib is None else f"{run.gpu_memory_gib:.1f} GiB",
-        "GPU hours": f"{run.gpu_hours:.1f}" if run.attempts else "",
+        "GPU hours": f"{run.gpu_hours:.1f}" if run.gpu_hours else "",
         "job": run.job or (f"process {run.pid} on {run.host}" if run.host else ""),
         "why": run.why,
     }

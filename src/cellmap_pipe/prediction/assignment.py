@@ -28,6 +28,7 @@ from cellmap_pipe.prediction.volumes import (
     reach_of,
     test_volumes,
 )
+from cellmap_pipe.text import aligned
 
 logger = logging.getLogger(__name__)
 
@@ -335,10 +336,3 @@ def _text(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def aligned(rows: Sequence[Mapping[str, str]], header: Sequence[str]) -> str:
-    """Return a table as text, its columns padded to the widest entry."""
-    lines = [list(header), *([row[name] for name in header] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

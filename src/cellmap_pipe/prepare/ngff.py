@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
+
+if TYPE_CHECKING:
+    import zarr
 
 from cellmap_pipe.errors import DataError, GeometryError, MissingError
 from cellmap_pipe.geometry import Lattice, Shape3, shape3, vec3
@@ -112,6 +114,8 @@ def plain_level(path: str | Path, lattice: Lattice) -> Level:
 
 def open_level(level: Level) -> "zarr.Array[Any]":
     """Return the level's array, opened read-only. Raises DataError if zarr cannot open it."""
+    import zarr  # slow, and Snakemake itself lists crops without it
+
     try:
         return zarr.open_array(level.path, mode="r")
     except MemoryError:

@@ -12,7 +12,7 @@ from cellmap_pipe.training.checkpoint import read_model
 from cellmap_pipe.training.networks import SegmentationNetwork, build_network
 
 FORMAT = 2
-REMEDY = "train it again with `snakemake -R train` (see README: forcing a retraining)"
+REMEDY = "make it again with `snakemake -R train`; if that does not help, train anew (README.md says how)"
 
 
 @dataclass(frozen=True)

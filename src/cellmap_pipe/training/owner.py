@@ -7,9 +7,7 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +17,7 @@ from types import TracebackType
 from typing import Any
 from uuid import uuid4
 
+from cellmap_pipe.cluster import slurm
 from cellmap_pipe.errors import TrainingError
 from cellmap_pipe.files import write_json
 
@@ -35,6 +34,7 @@ WATCH_SECONDS = 100.0
 # A holder that is ending has this time to save and leave.
 PATIENCE_SECONDS = 600.0
 LOOK_SECONDS = 1.0
+RARE_ENDS = ("OUT_OF_MEMORY", "PREEMPTED", "DEADLINE", "BOOT_FAIL", "REVOKED")
 
 
 class Holder(Enum):
@@ -106,7 +106,7 @@ class Owner:
         try:
             os.link(draft, self.path)
         except FileExistsError:
-            return False
+            return self._is_ours()  # NFS asked a second time whose first answer was lost
         finally:
             draft.unlink()
         return True
@@ -231,18 +231,12 @@ def _job_ended(job: str | None) -> bool | None:
         return None
     if job == os.environ.get("SLURM_JOB_ID"):
         return True
-    if shutil.which("squeue") is None:
-        return None
     try:
-        found = subprocess.run(
-            ["squeue", "--noheader", "--format=%T", "--jobs", str(job)], capture_output=True, text=True, timeout=30
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if found.returncode:
-        return True if "Invalid job id" in found.stderr else None
+        state = slurm.ask("squeue", "--noheader", "--format=%T", "--jobs", str(job)).strip()
+    except slurm.SlurmError as error:
+        return True if "Invalid job id" in str(error) else None
     # listed for a while after its end, and while its processes are still ending
-    return found.stdout.strip() in ("", "COMPLETING", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL")
+    return state in ("", "COMPLETING", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", *RARE_ENDS)
 
 
 def start_ticks(pid: int) -> int | None:

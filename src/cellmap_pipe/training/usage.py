@@ -125,8 +125,8 @@ def read_usage(run_dir: Path) -> list[Usage]:
         text = (run_dir / NAME).read_text(errors="replace")
     except OSError:
         return []
-    whole, _, _ = text.rpartition("\n")
-    return [usage for row in csv.reader(io.StringIO(whole)) if (usage := _usage(row)) is not None]
+    *lines, _ = text.split("\n")
+    return [usage for line in lines if (usage := _usage(line)) is not None]
 
 
 def cost(lines: Sequence[Usage]) -> Cost:
@@ -147,29 +147,30 @@ def cost(lines: Sequence[Usage]) -> Cost:
     )
 
 
-def _usage(row: Sequence[str]) -> Usage | None:
-    """Return a row's content, None for the header and whatever else is no line."""
-    if len(row) != len(COLUMNS):
-        return None
-    value = dict(zip(COLUMNS, row, strict=True))
+def _usage(line: str) -> Usage | None:
+    """Return a line's content, None for the header and whatever else is no line. Quick: a run may have many."""
     try:
+        # each line by itself, so that a quotation mark in a spoilt one does not swallow those after it
+        row = next(csv.reader([line])) if '"' in line else line.split(",")
+        attempt, began, utc, step, seconds, steps, patches, waiting, memory, gpu_memory, processes, *place = row
+        device, host, job = place
         return Usage(
-            attempt=value["attempt"],
-            began=datetime.datetime.fromisoformat(value["began"]),
-            utc=datetime.datetime.fromisoformat(value["utc"]),
-            step=int(value["step"]),
-            seconds=float(value["seconds"]),
-            steps=int(value["steps"]),
-            patches=int(value["patches"]),
-            waiting=float(value["waiting"]),
-            memory_gib=float(value["memory_gib"]),
-            gpu_memory_gib=float(value["gpu_memory_gib"]) if value["gpu_memory_gib"] else None,
-            processes=int(value["processes"]),
-            device=value["device"],
-            host=value["host"],
-            job=value["job"] or None,
+            attempt,
+            datetime.datetime.fromisoformat(began),
+            datetime.datetime.fromisoformat(utc),
+            int(step),
+            float(seconds),
+            int(steps),
+            int(patches),
+            float(waiting),
+            float(memory),
+            float(gpu_memory) if gpu_memory else None,
+            int(processes),
+            device,
+            host,
+            job or None,
         )
-    except ValueError:
+    except (ValueError, csv.Error):
         return None
 
 
