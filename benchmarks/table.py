@@ -76,14 +76,8 @@ def more_is_better(program: str, name: str) -> bool:
 
 def values_of(line: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
     """Return values and targets by name of a program's last line."""
-    values = dict(line.get("ratios", {}))
-    targets = dict(line.get("targets", {}))
-    for name in ("ratio", "seconds", "difference"):
-        if name in line:
-            values[name] = line[name]
+    values, targets = dict(line.get("ratios", {})), dict(line.get("targets", {}))
     values |= {f"dice, {way}": value for way, value in line.get("dice", {}).items()}
-    if "target" in line:
-        targets["difference"] = line["target"]
     if PLAIN in line.get("loss_share", {}):
         values["loss_share"] = line["loss_share"][PLAIN]
     return values, targets
@@ -295,11 +289,13 @@ def render(records: Sequence[Record]) -> str:
         if verdict == "missed"
     ]
     count = sum(len(record["targets"]) for record in records)
-    parts += ["", f"{count - len(missed)} of {count} targets are met" + ("." if not missed else "; missed are")]
-    parts[-1] += f" {'; '.join(missed)}." if missed else ""
+    parts += [
+        "",
+        f"{count - len(missed)} of {count} targets are met." + (f" Missed: {'; '.join(missed)}." if missed else ""),
+    ]
     if absent := sorted(set(known) - {record["name"] for record in records}):
         parts += ["", f"Not run yet: {', '.join(absent)}."]
-    parts += ["", "| benchmark | ratio | value | target | | machine | date | command |", "|" + "---|" * 8]
+    parts += ["", "| benchmark | measured | ratio or value | target | | machine | date | command |", "|" + "---|" * 8]
     parts += [line for record in records for line in rows(record)]
     return "\n".join(parts) + "\n"
 
