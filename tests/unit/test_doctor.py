@@ -11,7 +11,8 @@ import yaml
 from cellmap_pipe.cli import build_parser
 from cellmap_pipe.cluster.doctor import FAILED, OK, WARNING, Doctor, diagnose, probe_findings
 from cellmap_pipe.cluster.requests import Request, local_rules, parse_plan, read_profile, requests, sbatch_command
-from cellmap_pipe.cluster.site import Association, Node, Partition, gpus_of, minutes
+from cellmap_pipe.cluster.site import Association, Node, Partition, gpus_of
+from cellmap_pipe.cluster.slurm import seconds_of
 from cellmap_pipe.errors import ConfigError
 from cellmap_pipe.training.probe import probe
 
@@ -36,7 +37,7 @@ ANSWER = {
     [("11-00:00:00", 15840), ("01:30:00", 90), ("30", 30), ("90:30", 90.5), ("1-12", 2160), ("UNLIMITED", None)],
 )
 def test_time_limits_are_read_as_slurm_writes_them(text, expected):
-    assert minutes(text) == expected
+    assert seconds_of(text) == (None if expected is None else 60 * expected)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from training_case import finish, start, wait_for_step, write_request
 
 from cellmap_pipe import cli
-from cellmap_pipe.cluster.queue import REASONS, WILDCARDS, jobs, named, reason_in_words, seconds_of
-from cellmap_pipe.cluster.slurm import SlurmError
+from cellmap_pipe.cluster.queue import REASONS, WILDCARDS, jobs, named, reason_in_words
+from cellmap_pipe.cluster.slurm import SlurmError, seconds_of
 from cellmap_pipe.cluster.status import Run, as_json, as_text, duration, status
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Collection
 
-from cellmap_pipe.cluster.slurm import SlurmError, ask
+from cellmap_pipe.cluster.site import associations
 from cellmap_pipe.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -27,14 +27,12 @@ def check_accounts(accounts: Collection[str | int | None]) -> None:
     if not asked:
         return
     user = getpass.getuser()
-    try:
-        listed = ask("sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={user}", "format=account")
-    except SlurmError as error:  # some sites let only administrators ask; sbatch decides then
-        logger.warning("slurm_account is not checked: %s", error)
+    known = sorted({found.account for found in associations(user) or ()})
+    if not known:  # some sites let only administrators ask, or keep none; sbatch decides then
+        logger.warning("slurm_account is not checked: sacctmgr tells of no account of user %s", user)
         return
-    known = sorted({line.strip() for line in listed.splitlines() if line.strip()})
     unknown = sorted(asked - set(known) - {name for name in asked if name.lower() in known})
-    if known and unknown:
+    if unknown:
         raise ConfigError(
             f"slurm_account: '{unknown[0]}' is no Slurm account of user {user}, who has {', '.join(known)}; set "
             "slurm_account under default-resources in the profile (profiles/longleaf/config.v9+.yaml on Longleaf)"

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from cellmap_pipe.cluster.slurm import ask
+from cellmap_pipe.cluster.slurm import ask, seconds_of
 
 # The names of the rules' wildcards, in the order in which the executor joins their values by `_`.
 WILDCARDS = {
@@ -123,15 +123,6 @@ def named(comment: str) -> tuple[str, dict[str, str]]:
     else:
         parts = values.rsplit("_", len(names) - 1)
     return rule, dict(zip(names, parts, strict=False))
-
-
-def seconds_of(duration: str) -> int | None:
-    """Return the seconds of Slurm's `days-hours:minutes:seconds`, of which the first may lack; None for UNLIMITED."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", duration)
-    if match is None:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _job(line: str) -> Job:

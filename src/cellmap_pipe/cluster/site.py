@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cellmap_pipe.cluster.slurm import SlurmError, ask
+from cellmap_pipe.cluster.slurm import SlurmError, ask, seconds_of
 
 # A node in these states takes no job before somebody has looked after it.
 OUT_OF_USE = ("down", "drain", "fail", "error", "unknown", "maint", "future", "inval")
@@ -55,22 +55,6 @@ class Association:
     default_qos: str = ""
 
 
-def minutes(text: str) -> float | None:
-    """Return a time limit of Slurm's ([days-]hours:minutes:seconds, or minutes) in minutes; None = no limit."""
-    if text in ("UNLIMITED", "INFINITE", "NONE", ""):
-        return None
-    days, _, clock = text.rpartition("-")
-    fields = [float(field) for field in clock.split(":")]
-    if days:
-        fields += [0.0] * (3 - len(fields))  # hours first
-    elif len(fields) == 1:
-        fields = [0.0, *fields, 0.0]
-    elif len(fields) == 2:
-        fields = [0.0, *fields]
-    hours, mins, seconds = fields
-    return 1440 * float(days or 0) + 60 * hours + mins + seconds / 60
-
-
 def gpus_of(gres: str) -> dict[str, int]:
     """Return the number of GPUs by type in Slurm's list of generic resources: gpu:l40s:8(S:0-1) -> {l40s: 8}."""
     found: dict[str, int] = {}
@@ -89,11 +73,12 @@ def partitions() -> dict[str, Partition]:
     found = {}
     for line in ask("scontrol", "--all", "--oneliner", "show", "partition").splitlines():
         values = dict(re.findall(r"(\w+)=(\S*)", line))
+        limit = seconds_of(values.get("MaxTime", ""))
         if title := values.get("PartitionName"):
             found[title] = Partition(
                 name=title,
                 up=values.get("State", "UP") == "UP",
-                max_minutes=minutes(values.get("MaxTime", "")),
+                max_minutes=None if limit is None else limit / 60,
                 qos=_allowed(values.get("AllowQos", "ALL")),
                 accounts=_allowed(values.get("AllowAccounts", "ALL")),
                 nodes=tuple(nodes.get(title, ())),

@@ -1,6 +1,7 @@
 """Slurm's commands, asked for their answer."""
 
 import os
+import re
 import shutil
 import subprocess
 
@@ -35,3 +36,19 @@ def ask(*command: str, seconds: float = ANSWER_SECONDS) -> str:
         said = " ".join((done.stderr or done.stdout).split()) or f"exit status {done.returncode}"
         raise SlurmError(f"`{' '.join(command)}` failed: {said}")
     return done.stdout
+
+
+def seconds_of(duration: str) -> int | None:
+    """Return the seconds of a duration as Slurm writes it; None for UNLIMITED, and for what is no duration.
+
+    days-hours[:minutes[:seconds]], hours:minutes:seconds, minutes:seconds, or minutes.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", duration)
+    if match is None:
+        return None
+    first, second, third = (int(part or 0) for part in match.groups()[1:])
+    if match[1] is not None or match[4] is not None:
+        hours, minutes, seconds = first, second, third
+    else:
+        hours, minutes, seconds = 0, first, second
+    return ((int(match[1] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
