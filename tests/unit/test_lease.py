@@ -83,6 +83,11 @@ def has_output(process: subprocess.Popen[str]) -> bool:
     return bool(select.select([process.stdout], [], [], 0.5)[0])
 
 
+def give_up(seconds: float) -> None:
+    """Wait no longer; not by SIGINT, which a shell that runs the tests in the background has ignored."""
+    raise KeyboardInterrupt
+
+
 def test_three_trainings_on_two_gpus_each_share_six(case):
     machine = case(SIX)
     trainings = [machine.start(2) for _ in range(3)]
@@ -180,7 +185,7 @@ def test_what_slurm_gives_is_used_as_it_is_where_the_driver_does_not_confirm_it(
 
 def test_trainings_in_one_interactive_job_take_turns(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr("cellmap_pipe.training.lease.TEMPORARY", tmp_path)
-    monkeypatch.setattr("cellmap_pipe.training.lease.time.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("cellmap_pipe.training.lease.time.sleep", give_up)
     caplog.set_level("INFO")
     before = open_descriptors()
     first = {"SLURM_JOB_ID": "7", VISIBLE: "0,1"}
@@ -194,7 +199,7 @@ def test_trainings_in_one_interactive_job_take_turns(monkeypatch, tmp_path, capl
 
 
 def test_a_holder_without_a_readable_record_is_waited_for_too(monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr("cellmap_pipe.training.lease.time.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("cellmap_pipe.training.lease.time.sleep", give_up)
     caplog.set_level("INFO")
     before = open_descriptors()
     lease(SIX[:2], 2, {}, tmp_path)
