@@ -757,7 +757,7 @@ def test_a_checkpoint_predicts_as_its_network_does(root: Path) -> None:
     assert np.abs(array_of(root, record) - expected).max() <= 0.51
     contents["settings"]["arguments"] = {"channels": [2, 6], "strides": [2]}
     torch.save(contents, root / "model.pt")
-    with pytest.raises(ContractError, match=r"model\.pt: its weights do not fit its settings .*train it again"):
+    with pytest.raises(ContractError, match=r"model\.pt: its weights do not fit its settings .*make it again with"):
         predict_with(root, root / "model.pt", [volume(shape=(16, 16, 16))])
 
 
@@ -770,5 +770,5 @@ def test_a_damaged_checkpoint_is_named(root: Path) -> None:
 
 def test_a_checkpoint_that_does_not_name_its_normalisation_is_refused(root: Path) -> None:
     torch.save({"format": FORMAT - 1, "state_dict": {}}, root / "model.pt")
-    with pytest.raises(ContractError, match=rf"model\.pt: model format 1, this version reads {FORMAT}; train it again"):
+    with pytest.raises(ContractError, match=rf"model\.pt: model format 1, this version reads {FORMAT}; make it again with"):
         predict_with(root, root / "model.pt", [volume()])
