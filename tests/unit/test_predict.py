@@ -770,5 +770,5 @@ def test_a_damaged_checkpoint_is_named(root: Path) -> None:
 
 def test_a_checkpoint_that_does_not_name_its_normalisation_is_refused(root: Path) -> None:
     torch.save({"format": FORMAT - 1, "state_dict": {}}, root / "model.pt")
-    with pytest.raises(ContractError, match=rf"model\.pt: model format 1, this version reads {FORMAT}; make it again with"):
+    with pytest.raises(ContractError, match=rf"model\.pt: model format 1, this version reads {FORMAT}; make it again"):
         predict_with(root, root / "model.pt", [volume()])
