@@ -69,7 +69,7 @@ class Doctor:
     def findings(self) -> Iterator[Finding]:
         """Yield the outcome of each check as soon as it is known."""
         try:
-            self.settings  # noqa: B018
+            _ = self.settings
         except ConfigError as error:
             yield Finding(FAILED, "profile", str(error))
             return

@@ -17,7 +17,7 @@ def mend_executor() -> None:
     Raises ConfigError if it is another than the one that has these faults: what would become of cancelled jobs, and of
     the jobs of an interrupted run, is not known then.
     """
-    import snakemake_executor_plugin_slurm as plugin  # type: ignore[import-untyped]
+    import snakemake_executor_plugin_slurm as plugin
 
     if not getattr(plugin, "mended", False):
         executor = getattr(plugin, "Executor", None)

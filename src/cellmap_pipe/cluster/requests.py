@@ -131,9 +131,9 @@ def sbatch_command(request: Request, settings: Mapping[str, Any]) -> list[str]:
 
     settings: of the profile. Raises ConfigError for what the plugin refuses.
     """
-    from snakemake_executor_plugin_slurm.submit_string import get_submit_command  # type: ignore[import-untyped]
-    from snakemake_executor_plugin_slurm.utils import set_gres_string  # type: ignore[import-untyped]
-    from snakemake_executor_plugin_slurm.validation import validate_slurm_extra  # type: ignore[import-untyped]
+    from snakemake_executor_plugin_slurm.submit_string import get_submit_command
+    from snakemake_executor_plugin_slurm.utils import set_gres_string
+    from snakemake_executor_plugin_slurm.validation import validate_slurm_extra
     from snakemake_interface_common.exceptions import WorkflowError
 
     job = SimpleNamespace(threads=request.threads, resources=_Resources(request.resources))

@@ -105,4 +105,5 @@ def _allowed(text: str) -> tuple[str, ...] | None:
 
 def _number(text: str) -> int:
     """Return a number of sinfo's, which marks the least of several by a +."""
-    return int(re.match(r"\d*", text)[0] or 0)  # type: ignore[index]
+    digits = re.match(r"\d+", text)
+    return int(digits[0]) if digits else 0

@@ -272,13 +272,13 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _row(run: Run) -> dict[str, str]:
-    started = run.step is not None and run.max_steps
+    done = run.step / run.max_steps if run.step is not None and run.max_steps else None
     return {
         "model": run.model,
         "fold": run.fold,
         "state": run.state,
         "step": "" if run.step is None else f"{run.step}/{run.max_steps or '?'}",
-        "done": f"{run.step / run.max_steps:.0%}" if started else "",  # type: ignore[operator]
+        "done": "" if done is None else f"{done:.0%}",
         "left": "" if run.eta_s is None else duration(run.eta_s),
         "score": "" if run.score is None else f"{run.score:.3f}",
         "at step": "" if run.score_step is None else str(run.score_step),
