@@ -11,7 +11,9 @@
 #   they have) and queues itself again.
 # - Killed with its node, it is queued again by Slurm. It then waits for the jobs that its forerunner left behind, whose
 #   work counts, unlocks the folder and goes on.
-# - `scancel JOB` of this job ends the run and its jobs.
+# - `scancel --batch --signal=TERM JOB` ends the run: its jobs are cancelled, trainings save, the folder is unlocked. It
+#   takes minutes, for Snakemake may be sleeping. A plain `scancel JOB` kills Snakemake after half a minute, often
+#   before it is done with that: see by `squeue --me` what it left, `snakemake --unlock`, go on with --rerun-incomplete.
 #
 # ---- The site ------------------------------------------------------------------------------------------------------
 #SBATCH --job-name=cellmap-head

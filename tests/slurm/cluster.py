@@ -29,7 +29,7 @@ PROGRAMS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld",
 # slurm-jobstep deletes SLURM_CONF with all other SLURM_* variables before its inner srun, which then looks here.
 CONFIGURATION = Path("/etc/slurm/slurm.conf")
 PORT = 27100  # of slurmctld; those of slurmdbd, MariaDB and the nodes follow
-NODES = {"g1801l4001": 8, "g1801l4002": 8, "c1801": 0}  # by name, with L40S GPUs
+NODES = {"g1801l4001": 8, "g1801l4002": 8, "c1801": 0, "c1802": 0}  # by name, with L40S GPUs
 
 PROFILE = yaml.safe_load((ROOT / "profiles/longleaf/config.v9+.yaml").read_text())
 ACCOUNT = PROFILE["default-resources"]["slurm_account"]
@@ -74,6 +74,8 @@ OverTimeLimit=0
 MinJobAge=300
 PropagateResourceLimits=NONE
 JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 # a job that its partition would never run is refused at once
 EnforcePartLimits=ALL
 AccountingStorageType=accounting_storage/slurmdbd
@@ -87,6 +89,9 @@ AccountingStorageEnforce=associations,limits,qos
 PartitionName=general Nodes=c1801 Default=YES State=UP MaxTime=11-00:00:00 DefaultTime=01:00:00 DefMemPerCPU=4000
 PartitionName=l40-gpu Nodes=g1801l40[01-02] State=UP MaxTime=6-00:00:00 DefaultTime=01:00:00 DefMemPerCPU=4000 \
     AllowQos={qos}
+# a node whose owners end the jobs of others
+PartitionName=owners Nodes=c1802 State=UP MaxTime=1-00:00:00 PriorityTier=2
+PartitionName=spare Nodes=c1802 State=UP MaxTime=1-00:00:00 PriorityTier=1 PreemptMode=CANCEL
 """
 
 SLURMDBD_CONF = """
@@ -212,6 +217,12 @@ class Cluster:
             command, env=self.environment, capture_output=True, text=True, timeout=timeout, check=check
         )
 
+    def add(self, *words: str) -> None:
+        """Have sacctmgr add what these words say, unless it is there already. Raises ClusterError."""
+        done = self.run("sacctmgr", "-i", "add", *words, check=False)
+        if done.returncode and "exists" not in done.stdout + done.stderr and "Nothing new" not in done.stdout:
+            raise ClusterError(f"sacctmgr add {' '.join(words)}: {done.stdout}{done.stderr}")
+
     def leftovers(self) -> list[int]:
         """Return the processes of jobs and daemons of this cluster that still run."""
         mark = f"{self.folder}/".encode()
@@ -314,9 +325,7 @@ class Cluster:
             ["account", ACCOUNT, "Description=lab", "Organization=lab"],
             ["user", user, f"Account={ACCOUNT}", f"DefaultAccount={ACCOUNT}", f"QOS=normal,{QOS}"],
         ):
-            done = self.run("sacctmgr", "-i", "add", *words, check=False)
-            if done.returncode and "exists" not in done.stdout + done.stderr and "Nothing new" not in done.stdout:
-                raise ClusterError(f"sacctmgr add {' '.join(words)}: {done.stdout}{done.stderr}")
+            self.add(*words)
 
     def _controller(self) -> None:
         self._daemon("slurmctld", "slurmctld", "-D")

@@ -71,9 +71,9 @@ class Head:
     def state(self) -> str:
         return self.cluster.run("squeue", "-h", "-j", self.job, "-o", "%T", check=False).stdout.strip()
 
-    def jobs(self) -> list[str]:
-        """Return the jobs in the queue that this head submitted."""
-        lines = self.cluster.run("squeue", "-h", "-o", "%i %j").stdout.splitlines()
+    def jobs(self, states: str = "PENDING,RUNNING,COMPLETING") -> list[str]:
+        """Return the jobs in the queue that this head submitted. states: without COMPLETING not those that end."""
+        lines = self.cluster.run("squeue", "-h", "-t", states, "-o", "%i %j").stdout.splitlines()
         return [line.split()[0] for line in lines if f" cellmap-{self.job}_" in line]
 
     def said(self) -> str:
@@ -130,14 +130,19 @@ def heads(cluster: Cluster, folder: Path) -> Iterator[Callable[..., Head]]:
 
 
 def story(cluster: Cluster, folder: Path) -> dict[str, Any]:
-    """Run head.sh to its end, past its own walltime and past a kill, side by side; return what was seen."""
+    """Run head.sh to its end, past its walltime, past a kill, and until it is ended, at once; return what was seen."""
     told: dict[str, Any] = {}
     with heads(cluster, folder) as make:
         # an option that the head job was given by its environment would have its jobs refused
         normal = make("--export=ALL,SBATCH_QOS=no_such_qos")
         limited, killed = make("--signal=B:USR1@45", "--time=1"), make("--mail-user=me@unc.edu")
-        for head in (normal, killed):
+        # the plugin for Slurm may sleep as long
+        ended = make("--export=ALL,CELLMAP_STOP_SECONDS=180")
+        for head in (normal, killed, ended):
             head.wait("its first job", head.working)
+
+        # somebody ends it
+        cluster.run("scancel", "--batch", "--signal=TERM", ended.job)
 
         # a normal run
         normal.let_finish()
@@ -151,7 +156,7 @@ def story(cluster: Cluster, folder: Path) -> dict[str, Any]:
 
         # its own walltime, of which Slurm tells it up to a minute sooner than it was asked to
         limited.wait("the requeue", lambda: "queued again" in limited.said())
-        told["left by the walltime"] = limited.jobs()
+        told["left by the walltime"] = limited.jobs("PENDING,RUNNING")
 
         killed.skip_the_delay()
         limited.skip_the_delay()
@@ -161,10 +166,11 @@ def story(cluster: Cluster, folder: Path) -> dict[str, Any]:
         told["beside the orphan"] = killed.jobs()
         killed.let_finish()
 
-        for head in (normal, limited, killed):
+        for head in (normal, limited, killed, ended):
             head.wait_for_the_end()
-        outcomes = {head: head.outcome() for head in (normal, limited, killed)}
-    return {**told, "normal": normal, "limited": limited, "killed": killed, "outcomes": outcomes}
+        told["left by the end"] = ended.jobs("PENDING,RUNNING")
+        outcomes = {head: head.outcome() for head in (normal, limited, killed, ended)}
+    return {**told, "normal": normal, "limited": limited, "killed": killed, "ended": ended, "outcomes": outcomes}
 
 
 def processes_of(job: str) -> list[int]:

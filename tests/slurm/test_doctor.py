@@ -1,5 +1,6 @@
 """`cellmap-pipe doctor` on a real Slurm whose GPUs are pretended."""
 
+import getpass
 import os
 import re
 import shutil
@@ -90,6 +91,25 @@ def test_faults_of_the_profile_are_named_with_what_to_edit(doctor):
     ):
         assert any(re.search(f"rule {rule}: .*{said}", line) for line in failed(lines)), (said, lines)
     assert any(re.match("warning +rule ensemble: attempt 2 would ask for 1200000 MB", line) for line in lines), lines
+
+
+def test_a_queue_that_takes_fewer_jobs_than_snakemake_would_send_is_told_before(doctor, cluster):
+    for words in (
+        ["qos", "scarce", "MaxSubmitJobsPerUser=1"],
+        ["qos", "crowded", "GrpSubmitJobs=1"],
+        ["account", "small_lab", "Description=lab", "Organization=lab"],
+        ["user", getpass.getuser(), "Account=small_lab", "QOS=normal,scarce", "MaxSubmitJobs=3"],
+    ):
+        cluster.add(*words)
+    cluster.run("scontrol", "create", "PartitionName=narrow", "Nodes=c1802", "QOS=crowded")
+    gpus = {"qos": "scarce", "slurm_partition": "narrow"}
+    try:
+        _, lines = doctor("--no-submit", default={"slurm_account": "small_lab"}, rules={"train": gpus, "predict": gpus})
+    finally:
+        cluster.run("scontrol", "delete", "PartitionName=narrow")
+    for whose in ("account small_lab takes 3", "QOS scarce takes 1", "QOS crowded takes 1"):
+        told = rf"warning +jobs: up to \d+ at once \(jobs: 200\), but {whose} of yours in the queue; lower .*: jobs"
+        assert any(re.match(told, line) for line in lines), lines
 
 
 def test_sbatch_waits_until_the_controller_is_back_and_submits_once(cluster, tmp_path):

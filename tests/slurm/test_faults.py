@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cellmap_pipe.log import ALL_ATTEMPTS
 from cellmap_pipe.training.usage import read_usage
 
 from .cluster import ACCOUNT, PROFILE, ROOT, Cluster
@@ -67,6 +68,11 @@ class Run:
         self.log = folder / f"logs/train/{model}_fold0.log"
         self.heads: list[subprocess.Popen[bytes]] = []
         self.held: set[int] = set()
+        self.no_database = folder / "no_database"  # while it is there, Snakemake learns no state of its jobs
+        (folder / "bin").mkdir()
+        sacct = f'#!/bin/sh\ntest -e {self.no_database} && exit 1\nexec {shutil.which("sacct")} "$@"\n'
+        (folder / "bin/sacct").write_text(sacct)
+        (folder / "bin/sacct").chmod(0o755)
         (folder / "profile").mkdir()
         (folder / "profile/config.v9+.yaml").write_text(yaml.safe_dump(profile))
         (folder / "faults.yaml").write_text(configuration(model, **resources))
@@ -76,10 +82,10 @@ class Run:
         # a shell that runs tests in the background has SIGINT ignored
         command = ["env", "--default-signal=INT", sys.executable, str(HERE / "impatient.py"), *options]
         command += ["--profile", str(self.folder / "profile"), *arguments(self.folder, self.folder / "faults.yaml")]
+        variables = environment(self.cluster)
+        variables["PATH"] = f"{self.folder / 'bin'}:{variables['PATH']}"
         with (self.folder / f"head{len(self.heads)}.txt").open("wb") as said:
-            head = subprocess.Popen(
-                command, cwd=ROOT, env=environment(self.cluster), stdout=said, stderr=said, start_new_session=True
-            )
+            head = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=said, stderr=said, start_new_session=True)
         self.heads.append(head)
         return head
 
@@ -179,9 +185,9 @@ class Run:
 
     def resumed(self) -> int:
         """Return the step after which the last start of the training went on."""
-        found = re.search(r"resumed after step (\d+)", self.log.read_text())
+        found = re.findall(r"resumed after step (\d+)", self.log.read_text())
         assert found, self.log.read_text()
-        return int(found[1])
+        return int(found[-1])
 
 
 def environment(cluster: Cluster) -> dict[str, str]:
@@ -239,11 +245,15 @@ def futures(
     quick = yaml.safe_load((HERE / "quick/config.v9+.yaml").read_text())
     runs: list[Run] = []
 
-    def begin(story: Callable[[Run], dict[str, Any]], model: str, spared: str, **resources: Any) -> dict[str, Any]:
+    on_gpus = PROFILE["set-resources"]["train"]
+    steady = {**on_gpus, "slurm_extra": f"'--exclude={FAILING}'"}
+
+    def begin(
+        story: Callable[[Run], dict[str, Any]], model: str, place: dict[str, Any], **resources: Any
+    ) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp(story.__name__)
         copied(whole, folder)
-        train = {**PROFILE["set-resources"]["train"], "slurm_extra": f"'--exclude={spared}'" if spared else "''"}
-        profile = {**PROFILE, **quick, "set-resources": {**PROFILE["set-resources"], "train": train}}
+        profile = {**PROFILE, **quick, "set-resources": {**PROFILE["set-resources"], "train": place}}
         run = Run(cluster, folder, model, profile, **resources)
         runs.append(run)
         try:
@@ -259,12 +269,13 @@ def futures(
     with ThreadPoolExecutor(4) as pool:
         try:
             yield {
-                "walltime": pool.submit(begin, walltime, TOGETHER, FAILING),
-                "node": pool.submit(begin, node, ALONE, ""),
-                "killed": pool.submit(begin, killed, ALONE, FAILING),
-                "memory": pool.submit(begin, memory, ALONE, FAILING, mem_mb=LITTLE_MB),
-                "cancelled": pool.submit(begin, cancelled, ALONE, FAILING),
-                "interrupted": pool.submit(begin, interrupted, ALONE, FAILING),
+                "walltime": pool.submit(begin, walltime, TOGETHER, steady),
+                "node": pool.submit(begin, node, ALONE, on_gpus),
+                "killed": pool.submit(begin, killed, ALONE, steady),
+                "memory": pool.submit(begin, memory, ALONE, steady, mem_mb=LITTLE_MB),
+                "cancelled": pool.submit(begin, cancelled, ALONE, steady),
+                "interrupted": pool.submit(begin, interrupted, ALONE, steady),
+                "preempted": pool.submit(begin, preempted, ALONE, {"slurm_partition": "spare"}, gpus=0),
             }
         finally:
             OVER.set()
@@ -283,7 +294,7 @@ def walltime(run: Run) -> dict[str, Any]:
         reached.append(run.hold(attempt))
         job = run.jobs()[attempt - 1]
         ends = run.cluster.run("squeue", "-h", "-j", job, "-o", "%e").stdout.strip()
-        (stops,) = re.findall(r"saves and stops at (\S+ \S+), before the walltime ends", run.log.read_text())
+        *_, stops = re.findall(r"saves and stops at (\S+ \S+), before the walltime ends", run.log.read_text())
         moments = [datetime.datetime.fromisoformat(moment) for moment in (ends, stops)]
         kept_back.append((moments[0] - moments[1]).total_seconds())
         # the walltime is over now: the rest of it would be the same but for the wait
@@ -394,17 +405,44 @@ def test_a_cancelled_training_saves_and_is_submitted_again(futures):
     assert run.states() == ["CANCELLED", "COMPLETED"]
     assert re.search(rf"SLURM-job '{run.jobs()[0]}' failed, SLURM status is: 'CANCELLED'", told["said"])
     assert "Trying to restart job" in told["said"]
+    assert run.errors(), run.all_said()
+    assert re.search(r"stopped by SIGTERM after step \d+; start it again to go on", run.errors()[0])
+    assert run.resumed() >= told["reached"]
+
+
+def preempted(run: Run) -> dict[str, Any]:
+    """Without GPUs, in a partition whose jobs end when those of the node's owners begin."""
+    run.train()
+    reached = run.hold(1)
+    run.cluster.run("sbatch", "-p", "owners", "--exclusive", "-o", "/dev/null", "-D", "/tmp", "--wrap", "true")
+    # at once: Slurm kills 20 s after it told the training to end
+    queued = ("squeue", "-h", "-j", run.jobs()[0], "-o", "%T")
+    until(lambda: "RUNNING" not in run.cluster.run(*queued).stdout, "the owners' coming")
+    run.let_go()
+    return {"reached": reached, "said": run.end(0)}
+
+
+def test_a_preempted_training_that_slurm_does_not_start_again_saves_and_is_submitted_again(futures):
+    told = futures["preempted"].result(PATIENCE)
+    run = told["run"]
+    assert run.states() == ["PREEMPTED", "COMPLETED"]
+    assert f"Slurm job {run.jobs()[0]} was preempted, and Slurm does not start it again" in told["said"]
+    assert run.errors(), run.all_said()
     assert re.search(r"stopped by SIGTERM after step \d+; start it again to go on", run.errors()[0])
     assert run.resumed() >= told["reached"]
 
 
 def interrupted(run: Run) -> dict[str, Any]:
+    """While the accounting database is away, too, which makes Snakemake know of no job."""
     head = run.train()
     reached = run.hold(1)
+    run.no_database.touch()
+    until(lambda: run.said(-1).count("Slurm does not tell the states of jobs") > 1, "the second look in vain")
     head.send_signal(signal.SIGINT)
     until(lambda: run.states()[0] not in ("RUNNING", "PENDING"), "the end of the job")
     run.let_go()
     said = run.end(1)
+    run.no_database.unlink()
     until(lambda: not run.owner(), "the training's end")
     # what a node leaves that fails under a training: its name, another machine's process, an old heartbeat, the job
     dead = {"token": "dead", "host": "elsewhere", "boot": "other", "namespace": "pid:[1]", "pid": 1, "started": 1}
@@ -418,6 +456,7 @@ def test_an_interrupted_snakemake_cancels_its_jobs_and_the_trainings_save(future
     told = futures["interrupted"].result(PATIENCE)
     run = told["run"]
     assert run.states() == ["CANCELLED", "COMPLETED"]
+    assert run.errors(), run.all_said()
     assert re.search(r"stopped by SIGTERM after step \d+; start it again to go on", run.errors()[0])
     assert run.resumed() >= told["reached"]
 
@@ -466,6 +505,11 @@ def test_the_second_copy_of_a_training_that_still_runs_ends_with_one_line_and_co
         f"ERROR train model=segresnet_ds,fold=0: runs/segresnet_ds/fold0 is in use by {holder}; wait for it or end it "
         "(a dead one is recognised by itself)"
     ]
+    # Snakemake deleted the orphan's log before the second copy began; the run directory's has all of it
+    assert "patches per step" not in run.log.read_text()
+    kept = (run.run_dir / ALL_ATTEMPTS).read_text()
+    began, second = kept.index(f"begins, Slurm job {told['orphan']}"), kept.index("is in use by")
+    assert began < kept.index("patches per step") < second < kept.index(f"finished after {STEPS[ALONE]} steps")
     # the orphan went on to its end, and Snakemake takes what it made for what it is
     assert run.states()[0] == "COMPLETED"
     assert "Nothing to be done" in told["then"]

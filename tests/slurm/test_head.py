@@ -39,6 +39,15 @@ def test_a_killed_run_waits_for_the_job_that_it_left_and_starts_no_second_one(to
     assert "start 2 of job" in told["killed"].said()
 
 
+def test_a_run_that_is_told_to_end_cancels_its_jobs_and_leaves_the_folder_as_the_next_one_needs_it(told):
+    head = told["ended"]
+    assert told["left by the end"] == []
+    assert told["outcomes"][head] == "FAILED"
+    assert "SIGTERM: stopping Snakemake" in head.said() and "Snakemake ended with status 1" in head.said()
+    for kind in ("locks", "incomplete"):
+        assert not list((head.folder / ".snakemake" / kind).glob("*")), kind
+
+
 def test_slurm_mails_the_end_of_a_run(told, cluster):
     sent = (cluster.folder / "log/mail.txt").read_text()
     assert re.search(rf"Job_id={told['killed'].job} .*Ended.* me@unc.edu", sent), sent

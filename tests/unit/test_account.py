@@ -13,7 +13,7 @@ from cellmap_pipe.errors import ConfigError
 def sacctmgr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A `sacctmgr` that is the only program there is, and lists two accounts."""
     program = tmp_path / "sacctmgr"
-    program.write_text("#!/bin/sh\necho 'root||normal|'\necho 'lab_a||normal,gpu_access|normal'\n")
+    program.write_text("#!/bin/sh\necho 'root||normal|||'\necho 'lab_a||normal,gpu_access|normal|100|'\n")
     program.chmod(program.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", str(tmp_path))
     return program

@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,8 @@ def test_every_rule_with_gpus_is_sent_to_the_gpu_partition():
 
 
 def test_a_sound_node_is_ok():
-    assert [finding.outcome for finding in probe_findings(ANSWER, "abc", 1, 999.0, 1001.0, "node")] == [OK, OK]
+    for answer in (ANSWER, {**ANSWER, "compiled": True, "compile_seconds": 9.0}):
+        assert [finding.outcome for finding in probe_findings(answer, "abc", 1, 999.0, 1001.0, "node")] == [OK, OK]
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,7 @@ def test_a_sound_node_is_ok():
         ({}, 2, FAILED, "2 asked for, 1 seen"),
         ({"gpus": [{**ANSWER["gpus"][0], "bfloat16": False}]}, 1, WARNING, "train.amp: none"),
         ({"gpus": [{**ANSWER["gpus"][0], "float32": False, "fault": "no kernel"}]}, 1, FAILED, "no kernel"),
+        ({"compiled": "no C compiler"}, 1, WARNING, "torch.compile does not work there (no C compiler)"),
     ],
 )
 def test_what_a_node_lacks_is_told_with_the_remedy(changes, gpus, outcome, said):
@@ -200,6 +203,17 @@ def test_the_profile_that_snakemake_takes_is_the_one_that_is_checked(monkeypatch
     assert build_parser().parse_args(["doctor"]).profile == Path("profiles/longleaf")
 
 
+def test_a_check_of_torch_that_hangs_costs_no_other_check(tmp_path, monkeypatch):
+    def hangs(command, **options):
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr("cellmap_pipe.cluster.doctor.subprocess.run", hangs)
+    doctor = Doctor(ROOT / "profiles/local", folder=tmp_path)
+    found = [finding for finding in doctor._machine([]) if finding.subject == "environment"]
+    assert [finding.outcome for finding in found] == [WARNING, FAILED]
+    assert all("did not end in 5 min" in finding.said for finding in found)
+
+
 def test_a_profile_that_is_not_there_is_named(tmp_path):
     (finding,) = Doctor(tmp_path).findings()
     assert finding.outcome == FAILED and "give the folder of one by --profile" in finding.said
@@ -242,6 +256,40 @@ def test_access_is_judged_as_slurm_judges_it(default, resources, said):
     faults = [finding.said for finding in Doctor(LONGLEAF)._access(asked(**resources), SITE, charged)]
     assert len(faults) == bool(said)
     assert said is None or said in faults[0]
+
+
+@pytest.mark.parametrize(
+    ("jobs", "said"),
+    [
+        ((20, 0), []),
+        ((31, 0), ["up to 31 at once (jobs: 200), but QOS gpu_access takes 30 of yours in the queue"]),
+        ((0, 400), ["up to 200 at once (jobs: 200), but account Lab takes 100 of yours"]),
+        ((30, 71), ["up to 101 at once (jobs: 200), but account Lab takes 100 of yours"]),
+    ],
+)
+def test_limits_of_jobs_in_the_queue_are_held_against_what_will_be_sent(jobs, said):
+    usual = {"slurm_account": "lab", "slurm_partition": "l40-gpu"}
+    trainings = Request("train", 1, {**usual, "qos": "gpu_access"}, jobs[0])
+    others = Request("convert", 1, usual, jobs[1])
+    charged = [Association("Lab", "", ("normal", "gpu_access"), "normal", 100)]
+    found = list(Doctor(LONGLEAF)._crowd([trainings, others], SITE, charged, {"gpu_access": 30}))
+    assert [finding.outcome for finding in found] == [WARNING] * len(said)
+    assert all(words in finding.said for words, finding in zip(said, found, strict=True))
+
+
+@pytest.mark.parametrize("given", ["unlimited", None])
+def test_jobs_without_a_limit_of_snakemake_are_all_that_are_planned_and_a_partition_s_own_qos_counts(tmp_path, given):
+    profile = {"executor": "slurm", **({"jobs": given} if given else {})}
+    (tmp_path / "config.v9+.yaml").write_text(yaml.safe_dump(profile))
+    site = {"l40-gpu": replace(SITE["l40-gpu"], own_qos="gpu_limits")}
+    planned = [replace(asked(qos="gpu_access"), jobs=12)]
+    for limits, said in (
+        ({"gpu_access": 12, "gpu_limits": 11}, ["up to 12 at once (jobs: unlimited), but QOS gpu_limits takes 11 of"]),
+        ({"gpu_limits": 12}, []),
+    ):
+        found = list(Doctor(tmp_path)._crowd(planned, site, [], limits))
+        assert len(found) == len(said)
+        assert all(words in finding.said for words, finding in zip(said, found, strict=True))
 
 
 @pytest.mark.parametrize(("gpus", "outcomes"), [(4, []), (8, [WARNING]), (9, [FAILED])])

@@ -17,6 +17,7 @@ from cellmap_pipe import cli
 from cellmap_pipe.cluster.queue import REASONS, WILDCARDS, jobs, named, reason_in_words
 from cellmap_pipe.cluster.slurm import SlurmError, seconds_of
 from cellmap_pipe.cluster.status import Run, as_json, as_text, duration, status
+from cellmap_pipe.log import ALL_ATTEMPTS
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,6 +98,20 @@ def test_failed_training_shows_the_last_line_of_its_log(tmp_path: Path) -> None:
     assert run.state == "failed"
     assert run.why.startswith("ERROR train model=unet_3d,fold=2: the loss is ")
     assert run.why in as_text(status(tmp_path))
+
+
+def test_the_score_outlives_the_log_of_the_attempt_that_made_it_but_not_its_run_directory(tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs/unet_3d/fold0"
+    run_dir.mkdir(parents=True)
+    (tmp_path / "logs/train").mkdir(parents=True)
+    (tmp_path / "logs/train/unet_3d_fold0.log").write_text("ERROR train model=unet_3d,fold=0: no room\n")
+    scored = "epoch 3, step 7: loss 0.5, mean Dice 0.4, smoothed 0.3"
+    (run_dir / ALL_ATTEMPTS).write_text(f"ERROR train model=unet_3d,fold=0: of an earlier attempt\n{scored}\n")
+    run = only(tmp_path)
+    assert (run.score, run.score_step, run.why) == (0.3, 7, "ERROR train model=unet_3d,fold=0: no room")
+    run_dir.rename(run_dir.with_name("fold0.stale-20261122-070000"))
+    run_dir.mkdir()
+    assert only(tmp_path).score is None
 
 
 def test_last_score_of_another_host_counts_as_running_while_its_heart_beats(tmp_path: Path) -> None:

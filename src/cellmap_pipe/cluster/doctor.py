@@ -16,7 +16,14 @@ from typing import Any
 
 from cellmap_pipe.cluster.plan import plan_run
 from cellmap_pipe.cluster.requests import Request, profile_file, read_profile, requests, sbatch_command
-from cellmap_pipe.cluster.site import Association, Node, Partition, associations, partitions
+from cellmap_pipe.cluster.site import (
+    Association,
+    Node,
+    Partition,
+    associations,
+    most_jobs_by_qos,
+    partitions,
+)
 from cellmap_pipe.cluster.slurm import SlurmError, ask, installed
 from cellmap_pipe.config import Config, load_config, merged
 from cellmap_pipe.errors import CellmapError, ConfigError
@@ -140,6 +147,7 @@ class Doctor:
         charged = associations(getpass.getuser())
         if charged is None:
             yield Finding(SKIPPED, "accounts", "sacctmgr tells nothing of your account here; sbatch is asked below")
+        yield from self._crowd(planned, site, charged or (), most_jobs_by_qos())
         sound = []
         for request in planned:
             faults = [*self._access(request, site, charged), *self._fit(request, site)]
@@ -162,7 +170,7 @@ class Doctor:
         chosen = str(self.settings.get("slurm-status-command") or ("sacct" if installed("sacct") else "squeue"))
         try:
             if chosen == "sacct":
-                ask("sacct", "--allocations", "--noheader", "--starttime=now-1hour")
+                ask("sacct", "--allocations", "--clusters=all", "--noheader", "--starttime=now-1hour")
             else:
                 ask("squeue", "--me", "--noheader")
         except SlurmError as error:
@@ -219,6 +227,38 @@ class Doctor:
                 f"partition {name} is not open to account {account}, only to {', '.join(partition.accounts or ())}; "
                 f"edit {self._key(request, 'slurm_partition')}",
             )
+
+    def _crowd(
+        self,
+        planned: Sequence[Request],
+        site: Mapping[str, Partition],
+        charged: Sequence[Association],
+        by_qos: Mapping[str, int],
+    ) -> Iterator[Finding]:
+        """Yield which limits of jobs in the queue Snakemake would run into."""
+        given = str(self.settings.get("jobs", "unlimited"))
+        together = int(given) if given.isdigit() else sum(request.jobs for request in planned)
+        wanted: dict[tuple[str, int], int] = {}
+        for request in planned:
+            mine = [entry for entry in charged if entry.account.lower() == request.account.lower()]
+            partition = site.get(request.text("slurm_partition"))
+            both = {
+                request.text("qos") or next((entry.default_qos for entry in mine), ""),
+                partition.own_qos if partition else "",
+            }
+            limits = {(f"QOS {qos}", by_qos[qos]) for qos in both if qos in by_qos}
+            limits |= {(f"account {entry.account}", entry.most_jobs) for entry in mine if entry.most_jobs is not None}
+            for limit in limits:
+                wanted[limit] = wanted.get(limit, 0) + request.jobs
+        for (whose, most), count in wanted.items():
+            if min(together, count) > most:
+                yield Finding(
+                    WARNING,
+                    "jobs",
+                    f"up to {min(together, count)} at once (jobs: {given}), but {whose} takes {most} of yours in the "
+                    f"queue; lower {self._file}: jobs, for sbatch refuses more; head.sh tries it again for a quarter "
+                    "of an hour, Snakemake by itself not at all",
+                )
 
     def _fit(self, request: Request, site: Mapping[str, Partition]) -> Iterator[Finding]:
         """Yield why no node of the partition can hold such a job, at its first attempt or at its last."""
@@ -450,15 +490,20 @@ class Doctor:
             answer, token = Path(folder) / "answer.json", Path(folder) / "token"
             token.write_text("here")
             began = time.time()
-            done = subprocess.run(
-                [sys.executable, "-m", "cellmap_pipe.training.probe", str(answer), str(token)],
-                capture_output=True,
-                text=True,
-                timeout=60 * PROBE_MINUTES,
-                check=False,
-            )
+            try:
+                done = subprocess.run(
+                    [sys.executable, "-m", "cellmap_pipe.training.probe", str(answer), str(token)],
+                    capture_output=True,
+                    text=True,
+                    timeout=60 * PROBE_MINUTES,
+                    check=False,
+                )
+                said = done.stderr
+            except subprocess.TimeoutExpired:  # a compiler that hangs: what was found before is in the answer
+                said = f"the check of torch did not end in {PROBE_MINUTES} min"
+                yield Finding(WARNING, "environment", f"{sys.executable}: {said}")
             if not answer.exists():
-                yield Finding(FAILED, "environment", f"{sys.executable}: {' '.join(done.stderr.split())[-300:]}")
+                yield Finding(FAILED, "environment", f"{sys.executable}: {' '.join(said.split())[-300:]}")
                 return
             yield from probe_findings(read_json(answer), "here", len(gpus), began, time.time(), "this machine")
 
@@ -579,6 +624,13 @@ def probe_findings(
             )
         else:
             yield Finding(OK, f"GPU of {subject}", f"{said}, computes in float32 and bfloat16")
+    if (compiled := answer.get("compiled", True)) is not True:
+        yield Finding(
+            WARNING,
+            f"GPU of {subject}",
+            f"{host}: torch.compile does not work there ({compiled}), trainings go on without it, slower; install a C "
+            'compiler and Python\'s headers, or set train.compile: false, for all models in overrides["*"]',
+        )
 
 
 def diagnose(doctor: Doctor, say: Callable[[str], None]) -> int:

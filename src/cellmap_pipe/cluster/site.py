@@ -27,7 +27,11 @@ class Node:
 
 @dataclass(frozen=True)
 class Partition:
-    """A queue. max_minutes: None = no limit. qos, accounts: those it is open to, None = all."""
+    """A queue.
+
+    max_minutes: None = no limit. qos, accounts: those it is open to, None = all. own_qos: whose limits hold for every
+    job in it, beside those of the job's own.
+    """
 
     name: str
     up: bool
@@ -35,6 +39,7 @@ class Partition:
     qos: tuple[str, ...] | None
     accounts: tuple[str, ...] | None
     nodes: tuple[Node, ...]
+    own_qos: str = ""
 
     @property
     def gpu_types(self) -> tuple[str, ...]:
@@ -46,13 +51,14 @@ class Partition:
 class Association:
     """What a user may charge: an account, perhaps in one partition only, with these QOS.
 
-    default_qos: that of jobs that name none, empty if Slurm decides.
+    default_qos: that of jobs that name none, empty if Slurm decides. most_jobs: in the queue at once, None = no limit.
     """
 
     account: str
     partition: str
     qos: tuple[str, ...]
     default_qos: str = ""
+    most_jobs: int | None = None
 
 
 def gpus_of(gres: str) -> dict[str, int]:
@@ -82,6 +88,7 @@ def partitions() -> dict[str, Partition]:
                 qos=_allowed(values.get("AllowQos", "ALL")),
                 accounts=_allowed(values.get("AllowAccounts", "ALL")),
                 nodes=tuple(nodes.get(title, ())),
+                own_qos=values.get("QoS", "N/A").replace("N/A", ""),
             )
     return found
 
@@ -91,12 +98,34 @@ def associations(user: str) -> list[Association] | None:
     try:
         listed = ask(
             *["sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={user}"],
-            "format=account,partition,qos,defaultqos",
+            "format=account,partition,qos,defaultqos,maxsubmitjobs,grpsubmitjobs",
         )
     except SlurmError:
         return None
-    rows = [line.split("|") for line in listed.splitlines() if line.count("|") == 3]
-    return [Association(row[0], row[1], tuple(filter(None, row[2].split(","))), row[3]) for row in rows] or None
+    rows = [line.split("|") for line in listed.splitlines() if line.count("|") == 5]
+    return [
+        Association(account, partition, tuple(filter(None, qos.split(","))), default, _least(*limits))
+        for account, partition, qos, default, *limits in rows
+    ] or None
+
+
+def most_jobs_by_qos() -> dict[str, int]:
+    """Return how many jobs of one user the QOS that limit it take in the queue at once; none where it is not told.
+
+    Where a QOS limits the jobs of all its users together, one user has no more than these.
+    """
+    columns = "format=name,maxsubmitjobsperuser,grpsubmitjobs"
+    try:
+        listed = ask("sacctmgr", "--noheader", "--parsable2", "show", "qos", columns)
+    except SlurmError:
+        return {}
+    rows = [line.split("|") for line in listed.splitlines() if line.count("|") == 2]
+    return {name: most for name, *limits in rows if (most := _least(*limits)) is not None}
+
+
+def _least(*limits: str) -> int | None:
+    """Return the least of the numbers that sacctmgr gave, which leaves those empty that are not set."""
+    return min((int(limit) for limit in limits if limit.isdigit()), default=None)
 
 
 def _allowed(text: str) -> tuple[str, ...] | None:

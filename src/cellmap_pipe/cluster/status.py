@@ -14,6 +14,7 @@ from typing import Any
 
 from cellmap_pipe.cluster.queue import Job, jobs, reason_in_words
 from cellmap_pipe.cluster.slurm import SlurmError, installed
+from cellmap_pipe.log import ALL_ATTEMPTS
 from cellmap_pipe.text import aligned
 from cellmap_pipe.training.owner import is_stale
 from cellmap_pipe.training.usage import Usage, cost, read_usage
@@ -158,7 +159,7 @@ def _run(folder: Path, model: str, fold: str, job: Job | None, queue: Mapping[st
     error = errors[-1].decode(errors="replace") if errors else ""
 
     step = max([line.step for line in lines[-1:]] + _checkpoints(run_dir), default=None)
-    score, score_step = _score(log)
+    score, score_step = _score(_tail(run_dir / ALL_ATTEMPTS))
     if alive:
         state, why = "running", _walltime(job)
     elif job is not None and job.waits:

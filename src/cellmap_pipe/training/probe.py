@@ -8,6 +8,7 @@ import platform
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,24 @@ def _torch() -> dict[str, Any]:
     return found
 
 
+def compiling() -> dict[str, Any]:
+    """Return whether torch.compile works on the first GPU, `compiled`: true or what is wrong; and its seconds."""
+    import torch
+
+    from cellmap_pipe.training.compiling import compile_fault
+
+    began = time.monotonic()
+    # what another node compiled into the home directory would hide that this one cannot
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.environ |= {
+            "TORCHINDUCTOR_CACHE_DIR": folder,
+            "TRITON_CACHE_DIR": folder,
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        }
+        fault = compile_fault(torch.device("cuda", 0))
+    return {"compiled": fault or True, "compile_seconds": round(time.monotonic() - began, 1)}
+
+
 def _driver() -> str | None:
     """Return the version of NVIDIA's driver, None without one."""
     try:
@@ -76,4 +95,8 @@ def _driver() -> str | None:
 
 
 if __name__ == "__main__":
-    write_json(sys.argv[1], probe(Path(sys.argv[2])))
+    answer = probe(Path(sys.argv[2]))
+    write_json(sys.argv[1], answer)
+    if any(gpu["float32"] for gpu in answer.get("gpus", ())):
+        # written once more: a compiler that crashes or hangs takes this process along, but not what is known already
+        write_json(sys.argv[1], {**answer, **compiling()})
