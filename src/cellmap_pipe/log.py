@@ -6,9 +6,13 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+# In a run directory: what all attempts of the training said. Snakemake deletes a job's own log before each.
+ALL_ATTEMPTS = "train.log"
 
 
 def log_to(path: str) -> None:
@@ -16,6 +20,19 @@ def log_to(path: str) -> None:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     logging.basicConfig(filename=path, filemode="w", level=logging.INFO, format=FORMAT, force=True)
     logging.captureWarnings(True)
+
+
+@contextmanager
+def also_in(path: Path) -> Iterator[None]:
+    """Append the log records of the block to the file `path`, too, which keeps what it holds."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter(FORMAT))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """What a failing job leaves behind: a traceback, and one line that says what, where and what to do."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
 
 from cellmap_pipe.errors import DataError
-from cellmap_pipe.log import job
+from cellmap_pipe.log import also_in, job
 
 
 @pytest.fixture
@@ -29,3 +30,15 @@ def test_a_job_that_succeeds_ends_without_a_word(snakemake, capsys):
     with job(snakemake):
         pass
     assert capsys.readouterr().err == ""
+
+
+def test_records_also_go_to_a_second_file_which_keeps_what_it_holds(snakemake, tmp_path):
+    kept = tmp_path / "train.log"
+    for number in (1, 2):
+        with job(snakemake):
+            with also_in(kept):
+                logging.getLogger("cellmap_pipe").info("attempt %d", number)
+            logging.getLogger("cellmap_pipe").info("after it")
+    with open(snakemake.log[0]) as stream:
+        assert [line.split(": ")[1] for line in stream.read().splitlines()] == ["attempt 2", "after it"]
+    assert [line.split(": ")[1] for line in kept.read_text().splitlines()] == ["attempt 1", "attempt 2"]

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from training_case import (
 from cellmap_pipe.classes import get_class
 from cellmap_pipe.errors import ContractError, TrainingError
 from cellmap_pipe.files import read_json
+from cellmap_pipe.log import ALL_ATTEMPTS
 from cellmap_pipe.prepare.layout import BLOCKED, MAPPED
 from cellmap_pipe.prepare.store import Store
 from cellmap_pipe.training import checkpoint, main, record, results
@@ -156,8 +158,13 @@ def test_terminated_training_saves_and_goes_on(root: Path, whole: Request) -> No
     assert finish(process) == [1]
     assert log(request).splitlines()[-1].startswith("ERROR train model=tiny,fold=0: stopped by SIGUSR1 after step ")
     assert len(list(Path(request["run_dir"]).glob("step*.pt"))) == 1
+    Path(request["log"]).unlink()  # as Snakemake does before each attempt
     assert finish(start(request)) == [0], log(request)
     assert same(request, whole)  # a setting of when something is kept is nothing of the model's
+    told = Path(request["run_dir"], ALL_ATTEMPTS).read_text()
+    expected = [" begins", "patches per step", "stopped by SIGUSR1", " begins", "resumed after", "finished after"]
+    assert re.search(".*".join(expected), told, re.DOTALL), told
+    assert told.count(" begins") == 2
 
 
 def test_training_stops_before_the_walltime(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +257,9 @@ def test_changed_settings_set_the_old_run_aside(root: Path) -> None:
     again = write_request(root, "changed", max_steps=2)
     train(again)
     assert read_json(again["outputs"]["metrics"])["steps"] == 2
-    assert len(list(Path(again["run_dir"]).parent.glob("changed.stale-*/best*.pt"))) == 1
+    for name in ("best*.pt", ALL_ATTEMPTS):
+        assert len(list(Path(again["run_dir"]).parent.glob(f"changed.stale-*/{name}"))) == 1
+        assert len(list(Path(again["run_dir"]).glob(name))) == 1
     train({**again, "retrain": True})
     assert len(list(Path(again["run_dir"]).parent.glob("changed.stale-*/best*.pt"))) == 2
 
@@ -598,13 +607,14 @@ def test_validated_are_the_weights_that_are_kept_batch_norm_statistics_too(root:
 
 def test_lost_connection_is_not_told_of_after_what_lost_it(tmp_path: Path) -> None:
     path, terminal = tmp_path / "log", os.open(os.devnull, os.O_WRONLY)
-    request = {"log": str(path), "rule": "train", "model": "m", "fold": "0"}
+    request = {"log": str(path), "run_dir": str(tmp_path), "rule": "train", "model": "m", "fold": "0"}
     path.write_text("begun\nERROR train model=m,fold=0: of an earlier process\n")
     since = path.stat().st_size
     for text in ("out of memory", "Connection closed by peer"):
         main._report(RuntimeError(text), request, 0, terminal, since)
     os.close(terminal)
-    assert path.read_text().splitlines()[-1] == "ERROR train model=m,fold=0: out of memory"
+    for told in (path, tmp_path / ALL_ATTEMPTS):
+        assert told.read_text().splitlines()[-1] == "ERROR train model=m,fold=0: out of memory"
 
 
 def test_walltime_of_any_rank_stops_all(root: Path) -> None:

@@ -23,6 +23,7 @@ from cellmap_pipe.errors import TrainingError
 from cellmap_pipe.prepare.store import Store
 from cellmap_pipe.training import checkpoint, tracking
 from cellmap_pipe.training.alarms import LOOK_EVERY, Alarms
+from cellmap_pipe.training.compiling import compiled, compiler_faults
 from cellmap_pipe.training.expand import Expander
 from cellmap_pipe.training.fingerprint import INERT_SETTINGS
 from cellmap_pipe.training.inference import FORMAT
@@ -163,7 +164,8 @@ class Training:
     def run(self) -> None:
         """Train to the end.
 
-        Raises TrainingError for a loss or gradient that is not finite, StoppedError if asked to stop.
+        Raises TrainingError for a loss or gradient that is not finite and a network that cannot be compiled,
+        StoppedError if asked to stop.
         """
         progress, settings, process = self.progress, self.settings, self.process
         self._announce()
@@ -204,7 +206,8 @@ class Training:
                 if progress.finished:
                     break
                 meter.begin()
-                self._step(batches, meter)
+                with compiler_faults(settings["network"]):
+                    self._step(batches, meter)
                 together = progress.step >= next_check or self._epoch_ended() or self._to_be_kept()
                 if together:
                     self._collect()  # waits for the device, which is part of its steps' time
@@ -350,7 +353,7 @@ class Training:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         if self.settings["compile"] and device.type == "cuda":
-            trained = torch.compile(trained)  # type: ignore[assignment]
+            trained = compiled(trained, device, self.alarms, self.process.world)
         return trained
 
     # -- what happens between steps ---------------------------------------------------------------------------------

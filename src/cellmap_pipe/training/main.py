@@ -2,7 +2,7 @@
 
 The request says what to train, from what and whereto; see `training.launch`. Log records, warnings and whatever
 libraries print go to the request's log file, whose last line after a failure is
-`ERROR train model=..,fold=..: what, where, remedy`.
+`ERROR train model=..,fold=..: what, where, remedy`. The run directory keeps the records of all attempts.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ import torch.distributed as dist
 from cellmap_pipe.cluster import slurm
 from cellmap_pipe.errors import ConfigError, ContractError, TrainingError
 from cellmap_pipe.files import read_json, write_json
-from cellmap_pipe.log import FORMAT
+from cellmap_pipe.log import ALL_ATTEMPTS, FORMAT, also_in
 from cellmap_pipe.machine import memory_limit
 from cellmap_pipe.prepare.store import Store
 from cellmap_pipe.training import checkpoint, results, siblings
@@ -113,6 +113,8 @@ def _train(request: Mapping[str, Any], process: Process, over: threading.Event) 
                 if reason := _outdated(run_dir, expected, retrain=request.get("retrain", False)):
                     logger.warning("%s: its training is kept as %s", reason, results.set_aside(run_dir))
             held.enter_context(Owner(run_dir, partial(_leave, request), stopped))
+            held.enter_context(also_in(run_dir / ALL_ATTEMPTS))
+            logger.info("attempt of process %d on %s begins%s", os.getpid(), socket.gethostname(), _slurm_job())
             write_json(run_dir / "request.json", request)
             write_json(run_dir / FINGERPRINT, {"fingerprint": expected})
         _wait(process)
@@ -131,6 +133,11 @@ def _train(request: Mapping[str, Any], process: Process, over: threading.Event) 
                 raise TrainingError(f"{run_dir}: the checkpoint just written cannot be read; check the disk")
             results.publish(run_dir, state, request["outputs"], request["model"], request["fold"])
             logger.info("finished after %d steps", state["progress"]["step"])
+
+
+def _slurm_job() -> str:
+    job = os.environ.get("SLURM_JOB_ID")
+    return f", Slurm job {job}" if job else ""
 
 
 def _leave(request: Mapping[str, Any], why: str) -> NoReturn:
@@ -308,7 +315,7 @@ def _log_to(path: str, rank: int) -> int:
 
 
 def _report(error: Exception, request: Mapping[str, Any], rank: int, terminal: int, since: int) -> None:
-    """Append the traceback and the one `ERROR` line to the log; the line goes to the terminal, too.
+    """Append the traceback and the one `ERROR` line to the logs; the line goes to the terminal, too.
 
     What stops one rank stops the others, by the same error or a lost connection: the ranks that find a line in the log,
     beyond its first `since` bytes, add none. All but the first wait for its line; a failed rank keeps its connections
@@ -330,8 +337,9 @@ def _report(error: Exception, request: Mapping[str, Any], rank: int, terminal: i
     message = " ".join(str(error).split()) or type(error).__name__
     line = name + message
     os.write(terminal, (line + "\n").encode())
-    with path.open("a") as stream:
-        stream.write(traceback.format_exc() + line + "\n")
+    for log in (path, Path(request["run_dir"]) / ALL_ATTEMPTS):
+        with log.open("a") as stream:
+            stream.write(traceback.format_exc() + line + "\n")
 
 
 def _error_name(request: Mapping[str, Any]) -> str:
