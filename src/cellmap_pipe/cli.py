@@ -125,11 +125,14 @@ def _import_architecture(arguments: argparse.Namespace) -> int:
 
 def _fetch(arguments: argparse.Namespace) -> int:
     from cellmap_pipe.classes import get_class
+    from cellmap_pipe.config import default_context_nm
     from cellmap_pipe.fetch import fetch, plan_fetch, plan_table
 
     for name in arguments.classes or ():
         get_class(name)
     grids = dict(_grid(words) for words in arguments.grid)
+    given = arguments.context_nm
+    context = {grid: default_context_nm(voxel_nm) if given is None else given for grid, voxel_nm in grids.items()}
     settings = {
         "source": arguments.source,
         "options": _options(arguments),
@@ -141,8 +144,8 @@ def _fetch(arguments: argparse.Namespace) -> int:
         "labels_path": arguments.labels_path,
         "grids": grids,
         "max_upsample": arguments.max_upsample,
-        "context_nm": dict.fromkeys(grids, arguments.context_nm),
-        "train_context_nm": dict.fromkeys(grids, arguments.context_nm),
+        "context_nm": context,
+        "train_context_nm": context,
         "max_train_gb": arguments.max_train_gb,
         "workers": arguments.workers,
         "retries": arguments.retries,
@@ -358,10 +361,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NM",
         help="voxel size (z y x, nm) that crops are brought to, or native; several may be given",
     )
-    fetch.add_argument("--context-nm", type=float, default=512, help="EM round each box (default: %(default)s)")
+    fetch.add_argument("--context-nm", type=float, help="EM round each box (default: 64 voxels of each grid)")
     fetch.add_argument("--max-upsample", type=float, default=4, help="default: %(default)s")
     fetch.add_argument(
-        "--max-train-gb", type=float, default=8, help="largest crop of a grid in training (default: %(default)s)"
+        "--max-train-gb", type=float, default=10, help="largest crop of a grid in training (default: %(default)s)"
     )
     fetch.add_argument("--classes", nargs="+", metavar="CLASS", help="class arrays to copy (default: all in the CSV)")
     fetch.add_argument("--source", default="s3://janelia-cosem-datasets", help="folder or URL (default: %(default)s)")

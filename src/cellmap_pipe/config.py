@@ -30,20 +30,20 @@ RESULT_VERSIONS: dict[str, int] = {
     "quality": 3,
     "ceiling": 2,
     "folds": 2,
-    "datalist": 1,
+    "datalist": 2,
     "nnunet": 1,
-    "chunk": 4,
+    "chunk": 5,
     "network_check": 1,
     "search": 1,
     "train": 3,
     "prediction_plan": 1,
     "predict": 3,
     "ensemble": 2,
-    "tune": 2,
+    "tune": 3,
     "segment": 3,
-    "evaluate": 3,
-    "submission": 3,
-    "report": 6,
+    "evaluate": 4,
+    "submission": 4,
+    "report": 7,
 }
 
 NATIVE = "native"
@@ -51,6 +51,8 @@ ENSEMBLE = "ensemble"
 
 # The voxel size by which patches on crops' own grids, each of another size, are turned into nm.
 ASSUMED_NATIVE_NM = 8.0
+# EM round a label box that the training store keeps by default
+CONTEXT_VOXELS = 64
 
 MODEL_NAME = re.compile(r"[a-z][a-z0-9_]*")
 Section = TypeVar("Section")
@@ -172,14 +174,12 @@ class Config:
     def context_nm(self, grid: str) -> float:
         """Return how much EM the training store keeps round the label boxes of a grid.
 
-        By default half of the longest patch of its models, so that one centred on the edge of the box sees EM only.
+        By default half a patch of 128 voxels, whichever models there are: what is stored is part of what they were
+        trained on, and one more model with longer patches must not train all others of its grid anew.
         """
         if self.chosen_context_nm is not None:
             return self.chosen_context_nm
-        voxel_nm = self.grids[grid]
-        sizes = (ASSUMED_NATIVE_NM,) * 3 if isinstance(voxel_nm, str) else voxel_nm
-        patches = [self.model(name).train["patch"] for name in self.models if self.model(name).grid == grid]
-        return max((n / 2 * nm for patch in patches for n, nm in zip(patch, sizes, strict=True)), default=0.0)
+        return default_context_nm(self.grids[grid])
 
     def version(self, stage: str) -> str:
         """Return the version of a stage's results: that of the library's code and the run's own revision."""
@@ -275,6 +275,13 @@ class Config:
             "specimens": folds.specimens,
         }
 
+    def datalist_settings(self, grid: str) -> dict[str, Any]:
+        """Return the grids that divide the validation crops among them: those in use, and the one that is listed.
+
+        The latter need not be in use: `search_dints` and a single `train_{model}` take models beyond `models`.
+        """
+        return {"grid": grid, "grids": {name: self.grids[name] for name in (*self.grids_in_use, grid)}}
+
     def chunk_settings(self, grid: str) -> dict[str, Any]:
         return {
             "context_nm": self.context_nm(grid),
@@ -309,7 +316,8 @@ class Config:
     def tuning_settings(self) -> dict[str, Any]:
         """Return what determines what tuning finds, apart from probabilities and truth."""
         segment = {key: value for key, value in self.segmentation_settings().items() if key != "revision"}
-        return {"settings": segment, **self.evaluation_settings(), "revision": self.revisions["tune"]}
+        scoring = {**self.scoring_settings(), "labels": self.labels}
+        return {"settings": segment, **scoring, "revision": self.revisions["tune"]}
 
     def ensemble_settings(self) -> dict[str, Any]:
         """Return how the models of an ensemble are weighted."""
@@ -320,7 +328,8 @@ class Config:
         return {"rules": self.rules, "classes": list(self.classes)}
 
     def evaluation_settings(self) -> dict[str, Any]:
-        return {**self.scoring_settings(), "labels": self.labels}
+        derived = self.segmentation_settings()["derive"]
+        return {**self.scoring_settings(), "derive": derived, "labels": self.labels}
 
     def prediction_settings(self, name: str, subset: str) -> dict[str, Any]:
         """Return what determines a prediction of model `name`, apart from its weights and the EM."""
@@ -367,6 +376,12 @@ class Config:
     def volume_settings(self, name: str) -> dict[str, Any]:
         """Return where the EM of volumes is found, and the voxel size at which model `name` sees it."""
         return {"em_path": self.data.em_path, "voxel_nm": self.grids[self.model(name).grid]}
+
+
+def default_context_nm(voxel_nm: Sequence[float] | str | None) -> float:
+    """Return how much EM the training store keeps round label boxes. voxel_nm: of the grid; a word, None: native."""
+    sizes = (ASSUMED_NATIVE_NM,) if voxel_nm is None or isinstance(voxel_nm, str) else voxel_nm
+    return CONTEXT_VOXELS * max(sizes)
 
 
 def load_config(

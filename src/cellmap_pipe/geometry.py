@@ -162,11 +162,12 @@ def nearest_level(levels: Sequence[Lattice], voxel_nm: Vec3, max_upsample: float
     return by_size[0]
 
 
-def nearest_grid(grids: Mapping[str, Sequence[float]], voxel_nm: Sequence[float]) -> str:
+def nearest_grid(grids: Mapping[str, Sequence[float] | str], voxel_nm: Sequence[float]) -> str:
     """Return the name of the grid whose voxel size is nearest `voxel_nm`, by the logarithm of the voxels' volumes.
 
-    grids: voxel size (z, y, x) in nm by name. Of two equally near grids the finer one is returned.
+    grids: voxel size (z, y, x) in nm by name, or "native", which is `voxel_nm` itself. Of two equally near grids the
+    finer one is returned.
     """
     target = math.log(math.prod(voxel_nm))
-    volumes = {name: math.log(math.prod(size)) for name, size in grids.items()}
+    volumes = {name: target if isinstance(size, str) else math.log(math.prod(size)) for name, size in grids.items()}
     return min(volumes, key=lambda name: (round(abs(volumes[name] - target), 6), volumes[name], name))

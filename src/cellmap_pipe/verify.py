@@ -1,7 +1,8 @@
 """Whether the bulk files are still what the results say of them."""
 
 import logging
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,17 @@ def verify_results(results: str | Path, data_root: str | Path | None = None) -> 
     return checked
 
 
+def _left_over(path: Path, content: Mapping[str, Any], remedy: str) -> bool:
+    """Return whether a shard is left from a run with more of them, so that nothing reads it."""
+    first = path.with_name("shard0.json")
+    # earlier versions do not tell how many shards there were
+    return first.is_file() and content.get("shard", 0) >= read_json(first, remedy).get("shards", math.inf)
+
+
 def _faults_of_conversion(shard: Path) -> list[str]:
     remedy = "run `snakemake -R convert`"
-    records = read_json(shard, remedy)["records"]
+    content = read_json(shard, remedy)
+    records = [] if _left_over(shard, content, remedy) else content["records"]
     nifti_dir = shard.parents[2] / "nifti" / shard.parent.name
     return _faults((file for record in records for file in record.get("files", {}).values()), nifti_dir, remedy)
 
@@ -66,9 +75,8 @@ def _faults(contracts: Iterable[dict[str, Any]], folder: Path, remedy: str) -> l
 def _faults_of_predictions(shard: Path) -> list[str]:
     remedy = "run `snakemake -R predict`"
     content = read_json(shard, remedy)
-    first = shard.with_name("shard0.json")
-    if first.is_file() and content["shard"] >= read_json(first, remedy)["shards"]:
-        return []  # left from a run with more shards, nothing reads it
+    if _left_over(shard, content, remedy):
+        return []
     return [
         f"{store}: {fault}; {remedy}"
         for record in content["records"]

@@ -62,9 +62,9 @@ def test_the_challenge_configuration_has_every_tested_class():
     assert sorted(config.classes) == sorted(TESTED)
 
 
-def test_the_comparison_has_every_model_but_the_presets_of_one_grid():
+def test_the_comparison_has_every_model_and_of_those_with_a_preset_of_the_grid_the_preset():
     config = resolve((ROOT / "config" / "comparison.yaml").read_text())
-    assert sorted(config.models) == sorted(name for name in config.resolved if not name.endswith("_8nm"))
+    assert sorted(config.models) == sorted(name for name in config.resolved if f"{name}_8nm" not in config.resolved)
 
 
 def test_reading_the_configuration_imports_nothing_slow():
@@ -211,6 +211,14 @@ def test_a_fault_of_a_model_that_is_not_used_is_raised_when_it_is_asked_for(tmp_
         config.model("vit_3d")
 
 
+def test_a_grid_divides_the_validation_crops_with_those_in_use():
+    config = resolve("grids: {4nm: {voxel_nm: [4, 4, 4]}}\n")
+    in_use = {"8nm": (8, 8, 8), "32nm": (32, 32, 32)}
+    assert config.datalist_settings("32nm") == {"grid": "32nm", "grids": in_use}
+    # of a model that is trained by itself
+    assert config.datalist_settings("4nm")["grids"] == {**in_use, "4nm": (4, 4, 4)}
+
+
 def test_entries_that_are_not_in_use_are_inert():
     config = resolve("grids: {1nm: {voxel_nm: [1, 1, 1]}}\nclasses: [pm, mito]\nmodels: [swinunetr]\n")
     assert config.grids_in_use == ("8nm",)
@@ -219,6 +227,13 @@ def test_entries_that_are_not_in_use_are_inert():
 
 def test_groups_are_derived_only_where_some_class_lies_inside():
     assert resolve().segmentation_settings()["derive"] == ["mito", "golgi", "ves", "endo", "er", "er_mem_all"]
+
+
+def test_every_source_is_scored_on_the_configured_classes_and_their_groups():
+    config = resolve("overrides: {segresnet_ds: {classes: [pm]}}")
+    assert config.evaluation_settings()["derive"] == resolve().segmentation_settings()["derive"]
+    assert config.evaluation_settings()["classes"] == list(config.classes)
+    assert set(config.tuning_settings()) == {"settings", "rules", "classes", "labels", "revision"}
 
 
 def test_a_group_that_a_model_learns_by_its_parts_is_derived():
@@ -305,13 +320,12 @@ def test_the_budget_of_fetched_crops_is_that_of_the_conversion():
     assert settings["train_context_nm"] == dict.fromkeys(["8nm", "32nm"], 300)
 
 
-def test_context_reaches_half_of_the_longest_patch_of_the_grid():
-    config = resolve("models: [segresnet_ds, swin_3d, segresnet_32nm]")
-    assert config.context_nm("8nm") == 256 / 2 * 8
-    assert config.context_nm("32nm") == 128 / 2 * 32
-    assert resolve("models: [segresnet_ds]").context_nm("8nm") == 512
-    assert config.fetch_settings()["context_nm"] == {"8nm": 1024, "32nm": 2048}
-    assert config.chunk_settings("32nm")["context_nm"] == 2048
+def test_the_context_is_that_of_the_grid_whichever_models_there_are():
+    """It is part of what networks were trained on: a model more must not train the others anew."""
+    for models in ("segresnet_ds, segresnet_32nm", "segresnet_ds, swin_3d, segresnet_32nm"):
+        config = resolve(f"models: [{models}]")
+        assert config.fetch_settings()["context_nm"] == {"8nm": 512, "32nm": 2048}
+        assert config.chunk_settings("32nm")["context_nm"] == 2048
     assert resolve("{models: [segresnet_ds], grid: own, grids: {own: {voxel_nm: native}}}").context_nm("own") == 512
 
 

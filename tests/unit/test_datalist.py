@@ -15,6 +15,7 @@ from cellmap_pipe.prepare.datalist import write_datafold, write_datalists
 from cellmap_pipe.prepare.nifti import write_nifti
 
 CROPS = {"a/crop1": 0, "a/crop2": 1, "a/crop3": 1, "b/crop4": 0, "b/crop5": -1}
+LABELS_NM = {"a/crop1": 8, "a/crop2": 8, "a/crop3": 32, "b/crop4": 32, "b/crop5": 32}
 
 
 @pytest.fixture
@@ -33,6 +34,7 @@ def results(tmp_path):
                 "crop": crop,
                 "dataset": crop.split("/")[0],
                 "annotated": ["nuc"] if crop == "b/crop5" else ["pm", "mito"],
+                "label_lattice": {"voxel_nm": [LABELS_NM[crop]] * 3},
                 "files": {kind: describe_file(path, nifti) for kind, path in files.items()},
             }
         )
@@ -46,11 +48,19 @@ def results(tmp_path):
     return folder
 
 
-def write(results, *folds):
+def write(results, *folds, grid="8nm", grids=None):
     outputs = {fold: results / f"datalist/8nm/fold{fold}.json" for fold in folds}
     shards = [results / "shard0.json", results / "shard1.json"]
     nifti_dir = results / "nifti/8nm"
-    write_datalists(results / "crops.csv", results / "folds.csv", shards, outputs, nifti_dir=nifti_dir)
+    write_datalists(
+        results / "crops.csv",
+        results / "folds.csv",
+        shards,
+        outputs,
+        nifti_dir=nifti_dir,
+        grid=grid,
+        grids=grids or {"8nm": [8, 8, 8]},
+    )
     return [json.loads(path.read_text()) for path in outputs.values()]
 
 
@@ -102,6 +112,42 @@ def test_fold_without_training_crops_is_named(results):
     (results / "folds.csv").write_text("crop,group,fold\na/crop1,a,0\n")
     with pytest.raises(ConfigError, match="fold 0 has no training crop"):
         write(results, 0)
+
+
+TWO = {"8nm": [8, 8, 8], "32nm": [32, 32, 32]}
+
+
+@pytest.mark.parametrize(("grid", "validated"), [("8nm", "a/crop2"), ("32nm", "a/crop3")])
+def test_a_crop_is_validated_on_the_grid_nearest_its_labels_alone(results, grid, validated):
+    (alone,) = write(results, 1)
+    (listed,) = write(results, 1, grid=grid, grids=TWO)
+    assert crops_of(listed["validation"]) == [validated]
+    assert listed["training"] == alone["training"]  # labels of any voxel size teach on every grid
+    (everything,) = write(results, "all", grid=grid, grids=TWO)
+    assert len(everything["training"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("grids", "native", "other"),
+    [
+        ({"native": "native"}, ["a/crop2", "a/crop3"], []),
+        ({"native": "native", "16nm": [16, 16, 16]}, ["a/crop2", "a/crop3"], ["a/crop2", "a/crop3"]),
+        ({"native": "native", "8nm": [8, 8, 8]}, ["a/crop3"], ["a/crop2"]),
+    ],
+)
+def test_the_native_grid_is_the_nearest_to_every_crop_but_those_of_another_grids_voxels(results, grids, native, other):
+    assert crops_of(write(results, 1, grid="native", grids=grids)[0]["validation"]) == native
+    for grid in grids.keys() - {"native"}:
+        assert crops_of(write(results, 1, grid=grid, grids=grids)[0]["validation"]) == other
+
+
+def test_a_grid_that_is_nearest_to_no_crop_of_a_fold_is_validated_on_all_with_a_warning(results, caplog):
+    with caplog.at_level(logging.WARNING):
+        (fine,) = write(results, 0, grid="8nm", grids=TWO)
+        assert not caplog.text
+        (coarse,) = write(results, 0, grid="32nm", grids=TWO)
+    assert crops_of(fine["validation"]) == crops_of(coarse["validation"]) == ["a/crop1"]
+    assert "fold 0: of the grids 8nm, 32nm, 32nm is the nearest to the labels of none of its crops (1)" in caplog.text
 
 
 def test_missing_nifti_is_named_with_the_remedy(results):

@@ -106,6 +106,7 @@ def test_the_nearest_grid_is_nearest_by_ratio():
     assert nearest_grid(grids, (4, 4, 4)) == "8nm"
     assert nearest_grid(grids, (64, 64, 64)) == "32nm"
     assert nearest_grid(grids, (16, 16, 16)) == "8nm"  # equally near: the finer
+    assert nearest_grid({**grids, "own": "native"}, (16, 16, 16)) == "own"
 
 
 # --- from the world to the disk and back: one object at a known place, in EM and labels of any voxel size

@@ -117,6 +117,16 @@ def test_what_a_run_with_more_shards_left_is_not_missed(results):
         verify_results(results)
 
 
+def test_what_a_conversion_with_more_shards_left_is_not_missed(results):
+    gone = {"records": [{"crop": "ds/crop2", "files": {"image": {"path": "gone.nii.gz", "size": 1, "sha256": "0"}}}]}
+    shards = [results / f"convert/8nm/shard{number}.json" for number in (0, 1)]
+    write_json(shards[1], {"shard": 1, "shards": 2, **gone})
+    with pytest.raises(ContractError, match=r"gone\.nii\.gz"):
+        verify_results(results)  # of an earlier version, which does not tell of its shards
+    write_json(shards[0], {"shard": 0, "shards": 1, **json.loads(shards[0].read_text())})
+    verify_results(results)
+
+
 def test_segmentations_and_ensembles_that_lost_an_array_are_named(results):
     stores = {"ensemble/test/fold0": ["s0"], "segment/net/fold0/test": ["pm/s0", "nuc/s0"]}
     for contract, arrays in stores.items():

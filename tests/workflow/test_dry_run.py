@@ -212,7 +212,7 @@ def test_without_a_validated_fold_no_score_is_forecast(tmp_path):
     extra = with_volumes(tmp_path, "folds: {run: [all]}\n")
     (tmp_path / "extra.yaml").write_text(extra)
     jobs = plan("all", "--configfile", tmp_path / "extra.yaml")
-    assert jobs["submission_page"] == 1
+    assert jobs["submission_page"] == jobs["provenance"] == 1
     assert "submission_forecast" not in jobs
     message = refusal(tmp_path, extra, "submission_forecast", "-n")
     assert "no score can be forecast; add a fold to folds.run" in message

@@ -275,7 +275,8 @@ def resolved_settings():
         "crops": CONFIG.crop_settings(),
         "convert": {grid: CONFIG.conversion_settings(grid) for grid in grids},
         "quality": {grid: CONFIG.quality_settings(grid) for grid in grids},
-        "folds": CONFIG.fold_settings(),
+        # of the rule's inputs, not of its parameters
+        "folds": {**CONFIG.fold_settings(), "datasplit": CONFIG.folds.datasplit},
         "chunk": {grid: CONFIG.chunk_settings(grid) for grid in grids},
         "train": {name: model.training_settings() for name, model in models.items()},
         "predict": {
@@ -320,7 +321,11 @@ def asked_by_profile():
 
 def everything(wildcards):
     """Return what `all` makes: what needs validation crops or volumes is left out where there are none."""
-    targets = [*rules.training_curves.output, *rules.splits_page.output]
+    targets = [
+        *rules.training_curves.output,
+        *rules.splits_page.output,
+        *rules.provenance.output,
+    ]
     targets += expand(rules.quality_page.output, grid=CONFIG.grids_in_use)
     targets += expand(rules.ceiling_page.output, grid=CONFIG.grids_in_use)
     targets += expand(rules.datafold.output, grid=CONFIG.grids_in_use)
@@ -328,7 +333,6 @@ def everything(wildcards):
         targets += [*rules.compare.output, *rules.comparison_page.output]
         targets += expand(rules.predictions_page.output, fold=VALIDATED_FOLDS)
         targets += expand(rules.examples_page.output, source=SOURCES)
-        targets += rules.provenance.output
     if TUNED:
         targets += rules.tuning_page.output
     if CONFIG.data.volumes:

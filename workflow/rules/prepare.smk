@@ -111,6 +111,7 @@ rule datalist:
     conda:
         "../envs/cellmap_pipe.yaml"
     params:
+        settings=lambda wc: canonical_json(CONFIG.datalist_settings(wc.grid)),
         version=CONFIG.version("datalist"),
         nifti_dir=rules.convert.params.nifti_dir,
     script:

@@ -1,5 +1,6 @@
 """Write the training and validation crops of one fold in MONAI's format."""
 
+import json
 from typing import TYPE_CHECKING
 
 from cellmap_pipe.log import job
@@ -15,4 +16,5 @@ with job(snakemake):
         snakemake.input.converted,
         {snakemake.wildcards.fold: snakemake.output.datalist},
         nifti_dir=snakemake.params.nifti_dir,
+        **json.loads(snakemake.params.settings),
     )

@@ -29,11 +29,11 @@ from cellmap_pipe.files import (
     write_json,
     write_text,
 )
-from cellmap_pipe.geometry import Lattice
+from cellmap_pipe.geometry import Lattice, Shape3, shape3
 from cellmap_pipe.machine import physical_memory
 from cellmap_pipe.prepare.convert import map_isolated
 from cellmap_pipe.prepare.crops import read_crops
-from cellmap_pipe.prepare.em import read_em
+from cellmap_pipe.prepare.em import context_on_disk, read_em
 from cellmap_pipe.prepare.labels import PRESENT, UNKNOWN
 from cellmap_pipe.prepare.layout import (
     BLOCK,
@@ -46,7 +46,7 @@ from cellmap_pipe.prepare.layout import (
     write_volume,
 )
 from cellmap_pipe.prepare.layout import REMEDY as CHUNK_REMEDY
-from cellmap_pipe.prepare.ngff import Image, chunk_files, read_image
+from cellmap_pipe.prepare.ngff import Image, Level, chunk_files, read_image
 from cellmap_pipe.prepare.nifti import CONVERT_REMEDY, nifti_slabs, slab_ranges
 from cellmap_pipe.prepare.plan import grown_box
 from cellmap_pipe.prepare.quality import KEEP
@@ -207,7 +207,7 @@ def chunk_crop(record: Record, settings: ChunkSettings) -> Record:
     sidecar = settings.store_dir / f"{store_stem(crop)}.json"
     box = Lattice.from_dict(record["lattice"])
     image = _pinned_image(record, settings) if settings.context_nm > 0 else None
-    lattice, offset = grown_box(box, image.levels[0].lattice, settings.context_nm) if image else (box, (0, 0, 0))
+    lattice, offset = _with_context(crop, box, image.levels[0], settings.context_nm) if image else (box, (0, 0, 0))
     input_digest = digest(
         {
             "version": [FORMAT_VERSION, RESULT_VERSIONS["chunk"], settings.revision],
@@ -303,6 +303,26 @@ def sample_positions(
         seen += counts
     order = np.lexsort((flat, column))
     return np.column_stack([column, *np.unravel_index(flat, shape)])[order].astype(np.int32)
+
+
+def _with_context(crop: str, box: Lattice, level: Level, context_nm: float) -> tuple[Lattice, Shape3]:
+    """Return the box grown by the context of it that is on disk, and the voxel of it where the box begins.
+
+    Zeros would stand for EM that was not copied. Beyond what is stored a patch is mirrored, as in prediction.
+    """
+    wanted, offset = grown_box(box, level.lattice, context_nm)
+    grown, before, after = box, [0, 0, 0], [0, 0, 0]
+    for axis in range(3):  # one after the other, so that the corners are on disk, too
+        most = wanted.shape[axis] - offset[axis] - box.shape[axis]
+        before[axis], after[axis] = context_on_disk(level, grown, axis, offset[axis], most)
+        grown = box.padded(before, after)
+    if grown != wanted:
+        logger.warning(
+            "%s: of the EM context of %g nm round it not all is on disk; beyond %s voxels before and %s after it "
+            "(z, y, x) patches are mirrored; `snakemake fetch` copies what is missing",
+            *(crop, context_nm, before, after),
+        )
+    return grown, shape3(before)
 
 
 def _pinned_image(record: Record, settings: ChunkSettings) -> Image:

@@ -117,7 +117,7 @@ def convert_shard(
     context_nm: float = 0,
     max_train_gb: float | None = None,
 ) -> None:
-    """Convert the crops of one shard and write their records to `out_json`: {grid, voxel_nm, classes, records}.
+    """Convert the crops of one shard and write `out_json`: {grid, voxel_nm, classes, shard, shards, records}.
 
     voxel_nm: (z, y, x) in nm, or "native" for each crop's own label voxel. workers: processes, one crop each; where
     there are fewer crops, threads that compress. context_nm, max_train_gb: a crop that would take more in the training
@@ -143,6 +143,8 @@ def convert_shard(
         "grid": grid_name,
         "voxel_nm": "native" if voxel is None else list(voxel),
         "classes": list(classes),
+        "shard": shard,
+        "shards": shards,
         "records": sorted(records, key=lambda record: str(record["crop"])),
     }
     # without indentation: the records of 48 classes would else outgrow the megabyte that a declared output may have

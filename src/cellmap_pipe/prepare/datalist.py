@@ -1,8 +1,9 @@
 """MONAI datalists: the crops as NIfTI pairs, for MONAI's own tools and for ours.
 
-`fold{k}.json` has the two sides of one fold, for `monai.data.load_decathlon_datalist`. `datafold.json` has every crop
-with its fold, for `monai.auto3dseg.utils.datafold_read`, DataAnalyzer and AutoRunner. Paths are relative to the folder
-of the datalist, which is the base directory to give to MONAI (load_decathlon_datalist takes it by itself).
+`fold{k}.json` has the two sides of one fold, for `monai.data.load_decathlon_datalist`: training on every grid, but
+validation on the grid nearest the crop's labels alone, which is the one that is asked for it. `datafold.json` has every
+crop with its fold, for `monai.auto3dseg.utils.datafold_read`, DataAnalyzer and AutoRunner. Paths are relative to the
+folder of the datalist, which is the base directory to give to MONAI (load_decathlon_datalist takes it by itself).
 """
 
 import logging
@@ -13,6 +14,7 @@ from typing import Any
 
 from cellmap_pipe.errors import ConfigError
 from cellmap_pipe.files import check_file, read_json, write_json
+from cellmap_pipe.geometry import nearest_grid
 from cellmap_pipe.prepare.quality import KEEP, read_verdicts
 from cellmap_pipe.prepare.splits import ALWAYS_TRAINING, read_folds
 
@@ -31,22 +33,29 @@ def write_datalists(
     outputs: Mapping[int | str, str | os.PathLike[str]],
     *,
     nifti_dir: str | os.PathLike[str],
+    grid: str,
+    grids: Mapping[str, Sequence[float] | str],
 ) -> None:
     """Write one datalist per entry of `outputs` (file by fold number, or by "all" for training on every crop).
 
     Keys are MONAI's: {"training": [...], "validation": [...]}, each entry {"image", "label", "crop", "dataset", "fold",
-    "annotated_classes"}. Only crops with verdict `keep` that the fold table names are listed.
+    "annotated_classes"}. Only crops with verdict `keep` that the fold table names are listed, and on the validation
+    side only those to whose labels `grid` is the nearest of `grids` (voxel size (z, y, x) in nm, or "native", by name);
+    if it is to none of them, all of the fold.
     Raises ConfigError naming a fold with no crop on one side, ContractError for a NIfTI that is not as recorded.
     """
     folds = read_folds(folds_csv)
     kept = kept_records(quality_csv, folds, shard_jsons)
     paths = [_paths(record, nifti_dir) for record in kept]
     for fold, out in outputs.items():
+        held_out = {record["crop"]: record for record in kept if str(folds[record["crop"]]) == str(fold)}
+        validated = _validated(held_out, grid, grids, fold)
         sides: dict[str, list[dict[str, Any]]] = {"training": [], "validation": []}
         for record, pair in zip(kept, paths, strict=True):
             crop = record["crop"]
-            side = "validation" if str(folds[crop]) == str(fold) else "training"
-            sides[side].append(
+            if crop in held_out and crop not in validated:
+                continue
+            sides["validation" if crop in held_out else "training"].append(
                 {
                     **_relative(pair, out),
                     "crop": crop,
@@ -105,6 +114,26 @@ def kept_records(
     records = [record for path in shard_jsons for record in read_json(path, REMEDY)["records"]]
     kept = [record for record in records if verdicts.get(record["crop"]) == KEEP and record["crop"] in folds]
     return sorted(kept, key=lambda record: str(record["crop"]))
+
+
+def _validated(
+    held_out: Mapping[str, Record], grid: str, grids: Mapping[str, Sequence[float] | str], fold: int | str
+) -> set[str]:
+    """Return those of a fold's crops that are validated on `grid`: to which it is the nearest, or all if to none.
+
+    Predictions are divided in the same way (`prediction.assignment`): other crops would choose weights by voxels that
+    the networks of this grid are never asked for.
+    """
+    nearest = {
+        crop for crop, record in held_out.items() if nearest_grid(grids, record["label_lattice"]["voxel_nm"]) == grid
+    }
+    if held_out and not nearest:
+        logger.warning(
+            "fold %s: of the grids %s, %s is the nearest to the labels of none of its crops (%d): it is validated on "
+            "all of them, on voxels that it is never asked for",
+            *(fold, ", ".join(grids), grid, len(held_out)),
+        )
+    return nearest or set(held_out)
 
 
 def _paths(record: Record, nifti_dir: str | os.PathLike[str]) -> dict[str, Path]:

@@ -4,6 +4,7 @@ A chunk that was never downloaded reads as zeros, which is not resin but nothing
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,6 +123,43 @@ def choose_level(image: Image, target: Lattice, max_upsample: float) -> Level:
     if chosen != order[0]:
         logger.info("%s: not all on disk here, %s is used", candidates[order[0]].path, candidates[chosen].path)
     return candidates[chosen]
+
+
+def context_on_disk(level: Level, lattice: Lattice, axis: int, before: int, after: int) -> tuple[int, int]:
+    """Return how many voxels of `lattice` before and after it have all their EM on disk along an axis.
+
+    At most `before` and `after`; none beyond the level's extent.
+    """
+    em, weights = level.lattice, lattice_weights(level.lattice, lattice)
+    factor = lattice.voxel_nm[axis] / em.voxel_nm[axis]
+    chunk = chunk_shape(level)[axis]
+    gaps = lattice.lower_nm[axis] - em.lower_nm[axis], em.upper_nm[axis] - lattice.upper_nm[axis]
+    result = []
+    for side, (reach, gap) in enumerate(zip((before, after), gaps, strict=True)):
+        count = min(reach, math.floor(gap / lattice.voxel_nm[axis] + 1e-6))
+        if count <= 0:
+            result.append(0)
+            continue
+        lower, upper = [w.start for w in weights], [w.stop for w in weights]
+        width = math.ceil(count * factor)
+        if side == 0:
+            lower[axis], upper[axis] = max(0, lower[axis] - width), lower[axis]
+        else:
+            lower[axis], upper[axis] = upper[axis], min(em.shape[axis], upper[axis] + width)
+        if lower[axis] >= upper[axis]:
+            result.append(0)
+            continue
+        present = np.moveaxis(chunks_on_disk(level, lower, upper), axis, 0)
+        layers = present.reshape(len(present), -1).all(axis=1)
+        if not layers.all():  # one voxel less: it may draw on the missing layer
+            first_chunk = lower[axis] // chunk
+            if side == 0:
+                on_disk = upper[axis] - (first_chunk + int(np.flatnonzero(~layers)[-1]) + 1) * chunk
+            else:
+                on_disk = (first_chunk + int(np.flatnonzero(~layers)[0])) * chunk - lower[axis]
+            count = min(count, math.floor(on_disk / factor) - 1)
+        result.append(max(0, count))
+    return result[0], result[1]
 
 
 def _share_on_disk(level: Level, target: Lattice) -> float:
