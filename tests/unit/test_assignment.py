@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cellmap_pipe.classes import contains, get_class
 from cellmap_pipe.errors import ConfigError
 from cellmap_pipe.geometry import Lattice, Shape3
-from cellmap_pipe.prediction.assignment import grids_of, oversampling, served_by, service, write_plan
+from cellmap_pipe.prediction.assignment import Service, grids_of, oversampling, served_by, service, write_plan
 from cellmap_pipe.prediction.store import chunk_of, shares
 from cellmap_pipe.prediction.volumes import grid_lattice
 
@@ -72,6 +72,26 @@ def test_each_class_goes_by_the_voxels_it_is_asked_for_on() -> None:
     both = volume(8, 8, ["pm", "nuc"], asked=asked)
     assert service(both, "g8", ["nuc", "pm"], served, 8, False).classes == ["pm"]
     assert service(both, "g32", ["nuc", "pm"], served, 8, False).classes == ["nuc"]
+
+
+def test_what_is_left_to_another_grid_is_listed() -> None:
+    served = grids(g8=["pm", "nuc"], g32=["pm"])
+    near = volume(32, 8)
+    assert service(near, "g8", ["pm", "nuc"], served, 64, False) == Service(["nuc"], "", ["pm"])
+    assert service(near, "g32", ["pm"], served, 64, False) == Service(["pm"], "", ["nuc"])  # as no model of g32 has it
+    assert service(near, "g8", ["pm"], served, 64, False).elsewhere == ["pm"]
+    # what is refused, or asked of no model, is left to nobody
+    assert service(near, "g8", ["pm", "nuc"], grids(g8=["pm", "nuc"]), 8, False).elsewhere == []
+    assert service(volume(8, 8, ["pm", "ecs"]), "g8", ["pm", "nuc"], served, 8, False).elsewhere == []
+
+
+def test_a_group_is_left_to_another_grid_only_with_a_part_of_it() -> None:
+    parts = ["mito_mem", "mito_lum", "mito_ribo"]
+    asked = volume(32, 8, ["mito", *parts])
+    # the other grid answers mito, but each part is asked of this one: it has mito whole all the same
+    assert service(asked, "g8", parts, grids(g8=parts, g32=["mito"]), 64, False) == Service(parts, "", [])
+    fewer = service(asked, "g8", parts, grids(g8=parts, g32=["mito", "mito_mem"]), 64, False)
+    assert fewer == Service(["mito_lum", "mito_ribo"], "", ["mito", "mito_mem"])
 
 
 def test_a_group_comes_from_one_grid_if_one_makes_it_up() -> None:

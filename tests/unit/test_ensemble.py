@@ -120,6 +120,14 @@ def test_members_on_another_lattice_are_resampled(tmp_path: Path) -> None:
     assert np.abs(found - expected).max() <= 0.5001
 
 
+def test_what_models_leave_to_another_grid_is_not_left_by_their_ensemble(tmp_path: Path) -> None:
+    index = predicted(tmp_path, "a", {"x/crop1": noise(1, 1), "x/crop2": None}, ["pm"])
+    listing = dict(read_json(index))
+    listing["records"] = [{**record, "elsewhere": ["nuc"]} for record in listing["records"]]
+    write_json(index, listing)
+    assert all("elsewhere" not in record for record in run(tmp_path, [index])["records"])
+
+
 def test_a_volume_that_no_model_predicted_keeps_its_cause(tmp_path: Path) -> None:
     (record,) = run(tmp_path, [predicted(tmp_path, "a", {"x/crop1": None}, ["pm"])])["records"]
     assert (record["status"], record["cause"], record["path"]) == ("not served", "served by grid 32nm", None)
@@ -176,7 +184,8 @@ def test_shards_of_one_prediction_name_a_volume_once(tmp_path: Path) -> None:
     write_json(index, {**listing, "shard": 0})
     listing["shard"] = 1
     second = tmp_path / "a/shard1.json"
-    write_json(second, {**listing, "records": listing["records"][:1]})
+    # of another version, which says what is left to other grids: nothing
+    write_json(second, {**listing, "records": [{**listing["records"][0], "elsewhere": []}]})
     records = read_records([index, second])
     assert {name: [record["status"] for record in found] for name, found in records.items()} == {
         "x/crop1": ["ok"],

@@ -325,6 +325,19 @@ def test_a_volume_that_was_not_predicted_keeps_its_cause(tmp_path: Path) -> None
     assert record["classes"] == [] and record["target"] == GRID.to_dict()
 
 
+def test_what_was_left_to_another_grid_is_carried_with_the_groups_that_lack_it(tmp_path: Path) -> None:
+    index = predicted(tmp_path, {"pm": noise(1), "er_lum": noise(2), "ves": noise(3)})
+    derive = ["er", "mito", "golgi", "ves"]
+    (record,) = run(tmp_path, index, derive=derive)["records"]
+    assert record["elsewhere"] == []  # a prediction of an earlier version does not say
+    listing = read_json(index)
+    listing["records"][0]["elsewhere"] = ["er_mem", "mito_mem", "ves_mem"]
+    write_json(index, listing)
+    (after,) = run(tmp_path, index, derive=derive)["records"]
+    # er is formed without its membranes, mito not at all, and ves was predicted itself
+    assert after == {**record, "elsewhere": ["er_mem", "mito_mem", "ves_mem", "er", "mito"]}
+
+
 def test_what_is_done_is_not_done_again_unless_settings_change(tmp_path: Path) -> None:
     index = predicted(tmp_path, {"pm": noise(1)})
     (first,) = run(tmp_path, index)["records"]

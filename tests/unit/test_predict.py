@@ -449,12 +449,12 @@ def test_each_class_is_predicted_on_the_grid_nearest_to_what_is_asked(
     both = volume(lattice=fine.to_dict(), target=fine.to_dict(), classes=["ecs", "mito"], asked=asked)
     served: dict[str, Any] = {**SERVED, "32nm": {"voxel_nm": (32, 32, 32), "classes": ["mito", "ecs"]}}
     (record,) = run(root, Net(), [both], monkeypatch, served=served)["records"]
-    assert record["classes"] == ["ecs"]
+    assert (record["classes"], record["elsewhere"]) == (["ecs"], ["mito"])
     served["32nm"]["classes"] = ["nuc"]
     (record,) = run(root, Net(), [both], monkeypatch, served=served, settings={**SETTINGS, "max_oversampling": 64})[
         "records"
     ]
-    assert record["classes"] == CLASSES
+    assert (record["classes"], record["elsewhere"]) == (CLASSES, [])
 
 
 def test_shards_share_the_volumes_and_delete_what_is_not_listed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -328,6 +328,9 @@ def test_a_derived_group_has_a_threshold_of_its_own(case: Case) -> None:
     assert result["report"]["golgi"]["kept"] and result["report"]["golgi"]["overall"]["threshold"] < 0.3
     mixed = case.tune(settings={"derive": ["golgi"], "thresholds": {"golgi_mem": 0.3}})
     assert "golgi" not in mixed["report"]
+    for record in case.records:  # of a model that was to leave a part of it to another grid
+        record["elsewhere"] = ["golgi_lum"]
+    assert "golgi" not in case.tune(settings={"derive": ["golgi"]})["report"]
 
 
 def test_a_group_that_is_good_already_does_not_follow_its_parts(case: Case) -> None:
@@ -388,6 +391,24 @@ def test_the_repair_is_judged_at_the_thresholds_of_each_crop(case: Case) -> None
         records.append({"label": "er_mem", **score_semantic(mask, truth)})
     assert result["repair"]["score_default"] == pytest.approx(aggregate(records)["label_scores"]["er_mem"]["iou"])
     assert len({choice["processing"]["er_mem"]["threshold"] for choice in result["by_group"]}) > 1
+
+
+def test_the_repair_of_a_large_crop_is_judged_by_its_middle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = np.zeros(LATTICE.shape, np.uint8)
+    inner[2:10, 3:11, 4:12] = 1
+    for _ in range(4):  # the repair is right in the middle of 8 x 8 x 8 and wrong around it, where there is more
+        case.add(
+            {"er_mem": inner, "mito_mem": 1 - inner},
+            {"er_mem": np.full(LATTICE.shape, 240, np.uint8), "mito_mem": np.full(LATTICE.shape, 160, np.uint8)},
+        )
+    settings = {"thresholds": {"er_mem": 0.5, "mito_mem": 0.5}, "repair": "auto"}
+    assert not case.tune(settings=settings)["repair"]["kept"]
+    monkeypatch.setattr(tuning, "MIDDLE", 8)
+    middle = case.tune(settings=settings)["repair"]
+    assert middle["kept"] and middle["score_tuned"] == 1
+    monkeypatch.setattr(tuning, "CHUNK", (3, 2, 5))
+    monkeypatch.setattr(tuning, "SLAB_VALUES", 2)
+    assert case.tune(settings=settings)["repair"] == middle
 
 
 def test_processes_do_not_change_the_result(case: Case) -> None:

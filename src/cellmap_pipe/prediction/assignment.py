@@ -81,7 +81,7 @@ def grids_of(name: str, target: Lattice, served: Served) -> dict[str, list[str]]
     """
 
     def nearest(grids: Iterable[str]) -> str:
-        return nearest_grid({grid: voxel_on(served[grid]["voxel_nm"], target) for grid in grids}, target.voxel_nm)
+        return nearest_grid({grid: served[grid]["voxel_nm"] for grid in grids}, target.voxel_nm)
 
     whole = [grid for grid, of in served.items() if name in of["classes"] or derivable(name, of["classes"])]
     if whole:
@@ -97,10 +97,15 @@ def grids_of(name: str, target: Lattice, served: Served) -> dict[str, list[str]]
 
 @dataclass(frozen=True)
 class Service:
-    """Those of a model's classes that it predicts of a volume, in its order; if there are none, the cause in words."""
+    """Those of a model's classes that it predicts of a volume, in its order; if there are none, the cause in words.
+
+    elsewhere: what is asked of the volume and another grid answers, but for groups of which all that the model has is
+    predicted here as well. What the models of its own grid answer and this one cannot is not listed: that it lacks.
+    """
 
     classes: list[str]
     cause: str
+    elsewhere: list[str]
 
 
 def service(
@@ -112,33 +117,38 @@ def service(
     asked for is left out unless this is allowed.
     """
     chosen: set[str] = set()
-    elsewhere: set[str] = set()
+    others: set[str] = set()
+    wanted: dict[str, set[str]] = {}
     factors = []
     for name, target in asked_of(volume, served).items():
         mine = [part for part in classes if part == name or contains(name, part)]
-        if not mine:
-            continue
         by_grid = grids_of(name, target, served)
         parts = [part for part in mine if part in by_grid.get(grid, [])]
+        if mine and len(parts) < len(mine):
+            others |= set(by_grid) - {grid}
+        if len(parts) < len(mine) or (by_grid and grid not in by_grid):
+            wanted[name] = set(mine)
         if not parts:
-            elsewhere |= set(by_grid)
             continue
         factor = oversampling(served[grid]["voxel_nm"], target)
         if factor > max_oversampling * (1 + 1e-6) and not allow:
             factors.append(factor)
         else:
             chosen |= set(parts)
+    # of a group that another grid answers, each part may still be asked of this one by itself
+    elsewhere = [name for name, mine in wanted.items() if not mine or not mine <= chosen]
     if chosen:
-        return Service([name for name in classes if name in chosen], "")
+        return Service([name for name in classes if name in chosen], "", elsewhere)
     if factors:
         return Service(
             [],
             f"grid {grid} has {max(factors):.3g} times the voxels asked for, more than predict.max_oversampling "
             f"({max_oversampling:g}); add a coarser grid or set predict.allow_oversampling",
+            elsewhere,
         )
-    if elsewhere:
-        return Service([], f"served by grid {', '.join(sorted(elsewhere))}, the nearest to its voxels")
-    return Service([], "this model predicts none of its classes")
+    if others:
+        return Service([], f"served by grid {', '.join(sorted(others))}, the nearest to its voxels", elsewhere)
+    return Service([], "this model predicts none of its classes", elsewhere)
 
 
 def served_by(models: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

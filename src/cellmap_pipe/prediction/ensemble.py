@@ -37,7 +37,8 @@ def read_records(predict_jsons: Iterable[str | Path]) -> dict[str, list[Record]]
     """Return the records of several predictions by volume, in the given order, with absolute paths.
 
     The shards of one prediction (same model and fold) may name a volume several times; it is returned once. Each record
-    tells `model` and `fold` of its prediction.
+    tells `model` and `fold` of its prediction, and `elsewhere`: nothing where the file, of an ensemble or an earlier
+    version, does not say.
     Raises ContractError naming a file that cannot be read, a volume of which the shards say different things, or shards
     that do not make up a prediction.
     """
@@ -49,7 +50,7 @@ def read_records(predict_jsons: Iterable[str | Path]) -> dict[str, list[Record]]
         shards.setdefault(source, []).append((content.get("shard", 0), content.get("shards", 1)))
         for found in content["records"]:
             where = None if found["path"] is None else os.path.normpath(Path(path).parent / found["path"])
-            record = {**found, "path": where, "model": source[0], "fold": source[1]}
+            record = {"elsewhere": [], **found, "path": where, "model": source[0], "fold": source[1]}
             earlier = records.setdefault(found["name"], {}).setdefault(source, record)
             if earlier != record:
                 differing = [key for key in record if earlier.get(key) != record[key]]
@@ -237,7 +238,8 @@ def write_ensemble(
     Each class is the mean over the models that have it. Their lattices may differ: the result lies on the one nearest
     the target's voxel size. Probabilities are uint8, float16 if a model's are. Memory: a few pieces of PIECE_VOXELS for
     each of the `workers`, which take a volume each. A volume that no model predicted is listed with the first one's
-    status and cause. A volume that is done already is not done again.
+    status and cause. What models leave to another grid (`elsewhere`) is not passed on: that one's models are in the
+    mean. A volume that is done already is not done again.
     Raises ContractError naming a prediction that is not what its JSON says.
     """
     out_json, folder = Path(out_json), Path(store_dir)
@@ -281,7 +283,7 @@ def _average(task: _Task) -> Record:
     """Write the mean of one volume unless it is there already; return its record, with the path in its folder."""
     available = [member for member in task.members if member["status"] == "ok"]
     if not available:
-        return {key: value for key, value in task.members[0].items() if key not in ("model", "fold")}
+        return {key: value for key, value in task.members[0].items() if key not in ("model", "fold", "elsewhere")}
     classes = list(dict.fromkeys(name for member in available for name in member["classes"]))
     decided = {name: task.policy.weights(name, available, task.name) for name in classes}
     weights = {name: by_source for name, (by_source, _) in decided.items()}

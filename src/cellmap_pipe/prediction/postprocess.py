@@ -57,7 +57,8 @@ def segment(
     tuned: what `tuning.tune` wrote; each volume is processed as it says, and repaired if `repair` is "auto" and it says
     so. derive: groups that are formed as the union of the predicted classes inside them, at the thresholds of these or,
     where it has one, at its own; one that lacks atoms is listed under `approximate` of the record with their names, one
-    without any predicted class under `not_derived`.
+    without any predicted class under `not_derived`. `elsewhere` of the record lists what the model was to leave to
+    another grid, also the groups that lack a part for it.
     Array `{class}/s0` of each volume lies on its target lattice: 0/1 for semantic classes, ids 1, 2, ... for instance
     classes; see masks.py. memory_gb: all that the process may take, at most what `machine.usable_gb` says (None: that);
     a volume whose objects take more is searched in slabs, to the same result.
@@ -78,7 +79,7 @@ def segment(
         if not predicted:
             record = {key: members[0][key] for key in ("name", "dataset", "target", "status", "cause", "path")}
             record |= {"classes": [], "objects": {}, "not_derived": {}, "approximate": {}, "fingerprint": None}
-            records.append(record)
+            records.append({**record, "elsewhere": _elsewhere(members[0], settings["derive"])})
             continue
         try:
             plan = _plan(predicted[0]["classes"], settings, found.choice(name) if found else Choice())
@@ -87,7 +88,8 @@ def segment(
             logger.exception("%s failed", name)
             faults.append(str(error))
             continue
-        records.append({**record, "path": os.path.relpath(folder / record["path"], out_json.parent)})
+        path = os.path.relpath(folder / record["path"], out_json.parent)
+        records.append({**record, "path": path, "elsewhere": _elsewhere(predicted[0], settings["derive"])})
     if faults:
         raise ContractError(f"{len(faults)} of {len(predictions)} volumes failed: {'; '.join(faults)}")
     _warn_of_groups(records)
@@ -101,6 +103,13 @@ def segment(
             "records": records,
         },
     )
+
+
+def _elsewhere(prediction: Record, derive: Sequence[str]) -> list[str]:
+    """Return what the model left to another grid, and the groups that are not formed, or not wholly, because of it."""
+    left = prediction["elsewhere"]
+    known = {*left, *prediction["classes"]}
+    return [*left, *(group for group in derive if group not in known and parts_of(group, left))]
 
 
 def _warn_of_groups(records: Sequence[Record]) -> None:

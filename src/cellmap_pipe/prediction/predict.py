@@ -117,7 +117,8 @@ def predict_shard(
     volumes: dicts as `volumes` describes them; the blocks of all of them are shared out, see `store.shares`.
     settings: see PredictionSettings; further entries, such as a revision, only enter the fingerprint.
     served: voxel size (z, y, x) in nm, or "native", and classes, of the grids of all models in use, by name; what
-    another grid serves is not predicted, and a volume of which nothing is left is listed, by shard 0, as "not served".
+    another grid serves is not predicted but listed under `elsewhere` of the volume's record, and a volume of which
+    nothing is left is listed, by shard 0, as "not served".
     classes: of the model as it is configured, None if that is not known. device: auto, cpu or cuda.
     Raises ContractError for weights of other classes. Raises PredictionError naming the blocks and volumes that failed,
     after all others are done, and nothing is listed then; at once where memory or disk are full.
@@ -134,22 +135,23 @@ def predict_shard(
         )
     job = _Job(trained, used, settings, served, Path(data_root), store_dir, place)
     choices = [(volume, job.service(volume)) for volume in sorted(volumes, key=lambda volume: str(volume["name"]))]
-    listed = [(volume, choice.classes) for volume, choice in choices if choice.classes]
+    listed = [(volume, choice) for volume, choice in choices if choice.classes]
     planes = shares([shape3(volume["lattice"]["shape"]) for volume, _ in listed], shard, shards)
     mine = [(*entry, span) for entry, span in zip(listed, planes, strict=True) if span[0] < span[1]]
     records, failures = [], []
     if shard == 0:
         remove_other_volumes(store_dir, (volume["name"] for volume, _ in listed))
-        records = [_record(volume, used, cause=choice.cause) for volume, choice in choices if not choice.classes]
-    for number, (volume, kept, (first, last)) in enumerate(mine):
+        records = [_record(volume, used, choice) for volume, choice in choices if not choice.classes]
+    for number, (volume, choice, (first, last)) in enumerate(mine):
         name = str(volume["name"])
         try:
-            opened = job.open(volume, kept)
+            opened = job.open(volume, choice.classes)
             if first == 0 and opened.em_whole:  # one job does so; EM that is mended may be what it was
                 remove_outdated(store_dir, name, opened.fingerprint)
             found = [(f"{name}, block {_shown(block)}", error) for block, error in job.predict(opened, first, last)]
         except Exception as error:  # whatever it is, the other volumes must not suffer from it
-            stop = _hopeless(error, used, store_dir, [(entry, len(of), span) for entry, of, span in mine[number:]])
+            rest = [(entry, len(of.classes), span) for entry, of, span in mine[number:]]
+            stop = _hopeless(error, used, store_dir, rest)
             if stop:
                 raise PredictionError(f"{name}: {stop}") from error
             logger.exception("%s failed", name)
@@ -157,7 +159,7 @@ def predict_shard(
         failures += found
         if not found:
             path = os.path.relpath(opened.store.path, out_json.parent)
-            records.append(_record(volume, used, classes=kept, path=path, **opened.notes))
+            records.append(_record(volume, used, choice, path=path, **opened.notes))
     if failures:
         raise _summary(failures, len(mine)) from failures[0][1]
     for record in records:
@@ -168,23 +170,18 @@ def predict_shard(
 
 
 def _record(
-    volume: Volume,
-    used: PredictionSettings,
-    *,
-    classes: Sequence[str] = (),
-    path: str | None = None,
-    cause: str = "",
-    **notes: Any,
+    volume: Volume, used: PredictionSettings, choice: Service, *, path: str | None = None, **notes: Any
 ) -> dict[str, Any]:
     """Return what is listed of a volume: the same, whichever job lists it."""
     return {
         **{key: volume[key] for key in ("name", "dataset", "lattice", "target")},
-        "classes": list(classes),
+        "classes": choice.classes,
+        "elsewhere": choice.elsewhere,
         "path": path,
-        "shape": [len(classes), *volume["lattice"]["shape"]] if classes else None,
+        "shape": [len(choice.classes), *volume["lattice"]["shape"]] if choice.classes else None,
         "output": used.output,
-        "status": "ok" if classes else "not served",
-        "cause": cause,
+        "status": "ok" if choice.classes else "not served",
+        "cause": choice.cause,
         "fingerprint": None,
         **notes,
     }

@@ -23,9 +23,9 @@ from cellmap_pipe.evaluation.instance import SKIPPED
 from cellmap_pipe.evaluation.rules import get_rules
 from cellmap_pipe.evaluation.tasks import run_tasks
 from cellmap_pipe.files import write_json
-from cellmap_pipe.geometry import Lattice, Shape3, shape3
+from cellmap_pipe.geometry import Lattice, shape3
 from cellmap_pipe.machine import usable_gb
-from cellmap_pipe.prediction.ensemble import Probabilities, Record, read_records
+from cellmap_pipe.prediction.ensemble import Probabilities, Record, pieces, read_records
 from cellmap_pipe.prediction.hierarchy import repair
 from cellmap_pipe.prediction.instance_search import (
     BYTES_PER_VOXEL,
@@ -36,8 +36,10 @@ from cellmap_pipe.prediction.instance_search import (
     search_table,
 )
 from cellmap_pipe.prediction.instances import find_objects, smallest_object
+from cellmap_pipe.prediction.plan import Box
 from cellmap_pipe.prediction.postprocess import above
 from cellmap_pipe.prediction.processing import FORMAT, Choice, Processing, choice_to_dict, configured
+from cellmap_pipe.prediction.store import CHUNK
 from cellmap_pipe.prepare.crops import read_crops
 from cellmap_pipe.prepare.labels import UNKNOWN, LabelReader, empty_means, is_empty, read_label
 from cellmap_pipe.prepare.ngff import chunk_shape
@@ -52,8 +54,9 @@ Result = TypeVar("Result")
 LEVELS = (np.arange(255) + 0.5) / 255
 # Those that may be chosen, 0.02 apart: finer steps gain little, and each that is chosen costs a look at the crops.
 CHOICES = np.arange(2, 255, 5)
-# Voxels along the sides of the middle of a crop, which stands for it where objects are looked for: a search in all of a
-# large crop would take hours and tens of gigabytes. Thresholds alone are judged by all of it.
+# Voxels along the sides of the middle of a crop, which stands for it where objects are looked for or all classes are
+# compared voxel by voxel: in all of a large crop either would take hours, a search tens of gigabytes as well.
+# Thresholds alone are judged by all of it.
 MIDDLE = 256
 # Instance settings whose distances are measured, the best of all by F1.
 BEST = 20
@@ -70,7 +73,7 @@ DECIDING = 3
 LEAST_OBJECTS = 8
 # A score that is higher by no more is the same.
 ROUNDING = 1e-9
-# Values of all classes together that the repair is judged on at a time.
+# Values of all classes together that the repair is judged on at a time; those of one chunk if they are more.
 SLAB_VALUES = 1 << 24
 
 
@@ -119,8 +122,9 @@ def tune(
     A class with a threshold in settings["thresholds"] keeps it; so does a derived group of which a part has one. Of a
     semantic class the pooled IoU counts, of an instance class the combined score by `rules`, a crop that the evaluator
     would skip counting as all missed. The repair is judged by the mean over classes of the pooled IoU of their masks,
-    before filters. A class that is annotated in fewer than DECIDING groups, present in none, or of which there are
-    fewer than LEAST_OBJECTS objects, stays as configured.
+    before filters. The middle of a crop, of MIDDLE voxels a side, stands for it; thresholds of semantic classes are
+    looked for in all of it. A class that is annotated in fewer than DECIDING groups, present in none, or of which there
+    are fewer than LEAST_OBJECTS objects, stays as configured.
     Result: what `processing.read_tuned` reads, and report {class: kind, n_crops, score_default, score_tuned
     (each group as the others led to), kept, overall, cause}, repair {score_default, score_tuned, kept},
     failed ["crop/class: cause"].
@@ -198,7 +202,8 @@ def _labels(
             own = name in settings["thresholds"]
             if not own and len({configured(part, settings).threshold for part in parts}) > 1:
                 logger.info("%s/%s: not tuned: its parts have different thresholds", crop, name)
-            elif parts and name in annotated:
+            # a group of which another grid answers a part is not whole here
+            elif parts and name in annotated and (direct or not parts_of(name, record["elsewhere"])):
                 path = data_root / crops[crop]["labels"] / name
                 unknown = empty_means(labels, crop, name) == "unknown"
                 tasks.append(_Label(crop, name, tuple(parts), record, str(path), unknown))
@@ -303,40 +308,34 @@ class _Crop:
         self._truth = LabelReader(label)
         self._depth = chunk_shape(label.level)[0]
 
-    def slabs(self) -> Iterator[tuple[int, int]]:
+    def slabs(self) -> Iterator[Box]:
         for first in range(0, self.lattice.shape[0], self._depth):
-            yield first, min(first + self._depth, self.lattice.shape[0])
+            yield (first, 0, 0), (min(first + self._depth, self.lattice.shape[0]), *self.lattice.shape[1:])
 
-    def probabilities(self, first: int, last: int) -> np.ndarray:
-        """Return 255 p, float32 (z, y, x)."""
-        largest = self._probabilities.slab(self._parts[0], first, last)
+    def probabilities(self, box: Box) -> np.ndarray:
+        """Return 255 p in a box (lower, upper), float32 (z, y, x)."""
+        largest = self._probabilities.piece(self._parts[0], box)
         for part in self._parts[1:]:
-            largest = np.maximum(largest, self._probabilities.slab(part, first, last))
+            largest = np.maximum(largest, self._probabilities.piece(part, box))
         return largest
 
-    def truth(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids (0 where unknown) and the mask of known voxels, (z, y, x)."""
-        values, states = self._truth.read((first, 0, 0), (last, *self.lattice.shape[1:]))
+    def truth(self, box: Box) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids (0 where unknown) and the mask of known voxels in a box (lower, upper), (z, y, x)."""
+        values, states = self._truth.read(*box)
         check_truth(values)
         known = states != UNKNOWN
         return values * known, known
 
     def middle(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return 255 p, ids and the mask of known voxels of the middle of the crop, of at most MIDDLE voxels a side."""
-        lower = shape3([(n - side) // 2 for n, side in zip(self.lattice.shape, _middle(self.lattice), strict=True)])
-        upper = shape3([a + side for a, side in zip(lower, _middle(self.lattice), strict=True)])
-        p = self._probabilities.piece(self._parts[0], (lower, upper))
-        for part in self._parts[1:]:
-            p = np.maximum(p, self._probabilities.piece(part, (lower, upper)))
-        values, states = self._truth.read(lower, upper)
-        check_truth(values)
-        known = states != UNKNOWN
-        return p, values * known, known
+        box = _middle(self.lattice)
+        return self.probabilities(box), *self.truth(box)
 
 
-def _middle(lattice: Lattice) -> Shape3:
-    """Return the shape of the part of a crop that objects are looked for in."""
-    return shape3([min(n, MIDDLE) for n in lattice.shape])
+def _middle(lattice: Lattice) -> Box:
+    """Return the box (lower, upper) of the part of a crop that stands for it, of at most MIDDLE voxels a side."""
+    lower = shape3([max(n - MIDDLE, 0) // 2 for n in lattice.shape])
+    return lower, shape3([a + min(n, MIDDLE) for a, n in zip(lower, lattice.shape, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -359,8 +358,8 @@ def _survey(task: _Task) -> np.ndarray | Table | None:
         return search_table(*crop.middle(), crop.lattice.voxel_nm, task.settings, task.rules)
     histogram = np.zeros((2, 256), np.int64)
     for slab in crop.slabs():
-        truth, known = crop.truth(*slab)
-        histogram += level_histograms(crop.probabilities(*slab), truth > 0, known)
+        truth, known = crop.truth(slab)
+        histogram += level_histograms(crop.probabilities(slab), truth > 0, known)
     return histogram
 
 
@@ -670,7 +669,11 @@ def _slab_bytes(label: _Label) -> int:
 
 
 def _middle_bytes(label: _Label) -> int:
-    return math.prod(_middle(label.lattice)) * (BYTES_PER_VOXEL if is_instance(label.name) else FILTER_BYTES)
+    return _voxels(_middle(label.lattice)) * (BYTES_PER_VOXEL if is_instance(label.name) else FILTER_BYTES)
+
+
+def _voxels(box: Box) -> int:
+    return math.prod(upper - lower for lower, upper in zip(*box, strict=True))
 
 
 def _measure_all(evidence: Mapping[str, _Evidence], rules: str, runner: _Runner) -> None:
@@ -730,7 +733,7 @@ def _judge_repair(
             given = {name: configured(name, settings).threshold for name in (*classes, *settings["thresholds"])}
             tried = {among: given | thresholds[among, group] for among in deciding if group in among}
             jobs[crop] = _RepairTask(labels, tried)
-            costs[crop] = 12 * max(SLAB_VALUES, math.prod(labels[0].lattice.shape[1:]) * len(classes))
+            costs[crop] = 12 * len(classes) * max(map(_voxels, _repair_pieces(labels[0].lattice, len(classes))))
     found = runner(_repair_counts, jobs, costs)
     names = list(evidence)
     result: dict[Groups, tuple[float | None, float | None, bool]] = {}
@@ -749,8 +752,24 @@ def _judge_repair(
     return result
 
 
+def _repair_pieces(lattice: Lattice, classes: int) -> Iterator[Box]:
+    """Yield the boxes (lower, upper) that make up the middle of a crop, cut where chunks of probabilities end.
+
+    So each chunk is decompressed once where the probabilities lie on the lattice itself. classes: whose values are held
+    together, SLAB_VALUES at most but for a chunk.
+    """
+    lower, upper = _middle(lattice)
+    for low, high in pieces(lattice.shape, CHUNK, SLAB_VALUES // classes):
+        box = shape3([*map(max, low, lower)]), shape3([*map(min, high, upper)])
+        if all(a < b for a, b in zip(*box, strict=True)):
+            yield box
+
+
 def _repair_counts(task: _RepairTask) -> dict[Groups, dict[str, np.ndarray]]:
-    """Return tp, fp, fn over known voxels without and with the repair, int64 (2, 3), by what decides and class."""
+    """Return tp, fp, fn without and with the repair, int64 (2, 3), by what decides and class.
+
+    Over the known voxels of the crop's middle.
+    """
     lattice, classes = task.labels[0].lattice, list(task.labels[0].record["classes"])
     probabilities = Probabilities(task.labels[0].record, lattice)
     crops = {label.name: _Crop(label) for label in task.labels}
@@ -763,11 +782,9 @@ def _repair_counts(task: _RepairTask) -> dict[Groups, dict[str, np.ndarray]]:
             counts = {label.name: zero.copy() for label in task.labels}
             different.append((thresholds, counts))
         result[among] = counts
-    depth = max(1, SLAB_VALUES // (len(classes) * math.prod(lattice.shape[1:])))
-    for first in range(0, lattice.shape[0], depth):
-        last = min(first + depth, lattice.shape[0])
-        values = {name: probabilities.slab(name, first, last) for name in classes}
-        truths = {name: crop.truth(first, last) for name, crop in crops.items()}
+    for box in _repair_pieces(lattice, len(classes)):
+        values = {name: probabilities.piece(name, box) for name in classes}
+        truths = {name: crop.truth(box) for name, crop in crops.items()}
         for thresholds, counts in different:
             plain = {name: above(values[name], thresholds[name]) for name in classes}
             repaired = repair(values, thresholds)

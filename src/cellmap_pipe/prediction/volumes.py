@@ -7,7 +7,6 @@ of a table, asked: by class, the voxels that this one is asked for on, a part of
 
 import hashlib
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,8 +21,8 @@ from cellmap_pipe.classes import get_class
 from cellmap_pipe.errors import ConfigError, ContractError, DataError, GeometryError
 from cellmap_pipe.files import canonical_json, digest, read_json, write_json
 from cellmap_pipe.geometry import Lattice, Shape3, shape3, vec3
-from cellmap_pipe.prepare.em import choose_level, read_em
-from cellmap_pipe.prepare.ngff import chunk_files, chunk_shape, chunks_on_disk, read_image
+from cellmap_pipe.prepare.em import choose_level, context_on_disk, read_em
+from cellmap_pipe.prepare.ngff import chunk_files, read_image
 from cellmap_pipe.prepare.resample import lattice_weights
 
 logger = logging.getLogger(__name__)
@@ -211,46 +210,9 @@ class EMVolume:
         self.path = path
         self._image = replace(image, levels=(self.level,))
         self._max_upsample = max_upsample
-        z, y, x = (self._context(axis, reach[axis]) for axis in range(3))
+        z, y, x = (context_on_disk(self.level, lattice, axis, n, n) for axis, n in enumerate(reach))
         self.context = (z, y, x)
         self._piece: tuple[Any, np.ndarray, np.ndarray | None] | None = None
-
-    def _context(self, axis: int, reach: int) -> tuple[int, int]:
-        """Return how many voxels of the lattice before and after it have EM on disk along an axis, at most `reach`."""
-        em, weights = self.level.lattice, lattice_weights(self.level.lattice, self.lattice)
-        factor = self.lattice.voxel_nm[axis] / em.voxel_nm[axis]
-        chunk = chunk_shape(self.level)[axis]
-        result = []
-        for before in (True, False):
-            edge_gap = (
-                self.lattice.lower_nm[axis] - em.lower_nm[axis]
-                if before
-                else em.upper_nm[axis] - self.lattice.upper_nm[axis]
-            )
-            count = min(reach, math.floor(edge_gap / self.lattice.voxel_nm[axis] + 1e-6))
-            if count <= 0:
-                result.append(0)
-                continue
-            lower, upper = [w.start for w in weights], [w.stop for w in weights]
-            width = math.ceil(count * factor)
-            if before:
-                lower[axis], upper[axis] = max(0, lower[axis] - width), lower[axis]
-            else:
-                lower[axis], upper[axis] = upper[axis], min(em.shape[axis], upper[axis] + width)
-            if lower[axis] >= upper[axis]:
-                result.append(0)
-                continue
-            present = np.moveaxis(chunks_on_disk(self.level, lower, upper), axis, 0)
-            layers = present.reshape(len(present), -1).all(axis=1)
-            if not layers.all():  # one voxel less: it may draw on the missing layer
-                first_chunk = lower[axis] // chunk
-                if before:
-                    on_disk = upper[axis] - (first_chunk + int(np.flatnonzero(~layers)[-1]) + 1) * chunk
-                else:
-                    on_disk = (first_chunk + int(np.flatnonzero(~layers)[0])) * chunk - lower[axis]
-                count = min(count, math.floor(on_disk / factor) - 1)
-            result.append(max(0, count))
-        return result[0], result[1]
 
     def read(self, lower: Shape3, upper: Shape3) -> tuple[np.ndarray, np.ndarray | None]:
         """Return image (uint8) and validity (bool or None) of a box of the lattice or its context, (z, y, x)."""
