@@ -292,6 +292,7 @@ def full_path(crops: Crops) -> dict[tuple[int, str], dict[str, Any]]:
         crops.folder / "data",
         folder / "scores.json",
         classes=crops.classes,
+        derive=OPTIONS["derive"],
     )
     records = json.loads((folder / "scores.json").read_text())["records"]
     return {(int(r["crop"].split("crop")[1]), r["label"]): r for r in records}

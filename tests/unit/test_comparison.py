@@ -12,7 +12,7 @@ from cellmap_pipe.errors import ContractError
 from cellmap_pipe.evaluation.challenge import aggregate
 from cellmap_pipe.evaluation.paired import NOT_SHOWN, SHOWN, TOO_FEW
 from cellmap_pipe.report.comparison import RANKING_COLUMNS, write_comparison
-from cellmap_pipe.report.figures import _styles, budgets, differences, training_usage
+from cellmap_pipe.report.figures import _styles, budgets, differences, ensemble_gain, training_usage
 from cellmap_pipe.report.tables import read_csv, write_scores
 from cellmap_pipe.report.training import RUN_COLUMNS, equal_budget, reached, read_runs, write_training
 from cellmap_pipe.training.usage import COLUMNS as USAGE_COLUMNS
@@ -169,6 +169,12 @@ def test_hours_of_gpus_and_of_cpus_do_not_compare(trained):
     assert equal_budget([]).runs == []
 
 
+def test_hours_of_two_kinds_of_gpus_do_not_compare(trained):
+    budget = equal_budget(trained.add("unet").add("net", device="NVIDIA H200").runs())
+    assert budget.hours is None and budget.note == f"they ran on NVIDIA H200, {GPU}, whose hours do not compare"
+    assert budget.steps == 300
+
+
 def test_runs_that_were_not_measured_do_not_spoil_the_hours_of_the_others(trained):
     budget = equal_budget(trained.add("a").add("old", attempts=()).runs())
     assert budget.hours == pytest.approx(2 * 750 / 3600)
@@ -289,6 +295,87 @@ def test_equal_budgets_stand_beside_the_final_scores(compared):
     assert rows["good"]["in the end"] == "0.600" and rows["good"]["steps there"] == "200"
     text = compared[1][2].read_text()
     assert "200 steps" in text and f"GPU hours on {GPU}" in text
+
+
+@pytest.fixture
+def of_two_grids(trained, tmp_path):
+    """Two models of a fine grid, one of a coarse grid that answers other crops, and the ensemble, which answers all."""
+    trained.add("fine").add("other").add("coarse", grid="32nm")
+    parts = {"fine": (0.6, range(12)), "other": (0.4, range(12)), "coarse": (0.5, range(12, 24))}
+    scores = [
+        scores_json(tmp_path / f"{name}.json", name, "0", records(quality, 1, crops))
+        for name, (quality, crops) in parts.items()
+    ]
+    whole = [*records(0.65, 2, range(12)), *records(0.5, 1, range(12, 24))]
+    scores.append(scores_json(tmp_path / "ensemble.json", "ensemble", "0", whole))
+    (tmp_path / "folds.csv").write_text("crop,group,fold,grouped_by\nd0/crop0,g,0,crop\nd1/crop1,h,1,crop\n")
+    return scores, {"fine": "8nm", "other": "8nm", "coarse": "32nm"}
+
+
+def test_models_are_compared_with_those_of_their_grid_which_are_asked_for_the_same(of_two_grids, trained, tmp_path):
+    scores, _ = of_two_grids
+    out = tmp_path / "c.csv", tmp_path / "r.csv", tmp_path / "c.html"
+    write_comparison(scores, trained.runs(), *out, folds_csv=tmp_path / "folds.csv")
+    pairs = {
+        (row["grid"], row["first"], row["second"]): row
+        for row in csv.DictReader(out[0].open())
+        if (row["rules"], row["drawn"]) == ("csc-2026.06", "crops")
+    }
+    assert set(pairs) == {
+        ("8nm", "ensemble", "fine"),
+        ("8nm", "ensemble", "other"),
+        ("8nm", "fine", "other"),
+        ("32nm", "coarse", "ensemble"),
+    }
+    assert pairs["8nm", "fine", "other"]["verdict"] == SHOWN
+    # of the coarse crops the ensemble has the answers of their only model
+    assert float(pairs["32nm", "coarse", "ensemble"]["difference"]) == 0
+    ranking = list(csv.DictReader(out[1].open()))
+    assert [(row["grid"], row["source"]) for row in ranking] == [
+        ("8nm", "ensemble"),
+        ("8nm", "fine"),
+        ("8nm", "other"),
+        ("32nm", "coarse"),
+        ("32nm", "ensemble"),
+    ]
+    assert as_dicts(out[2], "ranking_8nm")[1]["GPU hours"] == as_dicts(out[2], "ranking_32nm")[0]["GPU hours"] != ""
+    text = out[2].read_text()
+    assert "3 sources on the same 12 validation crops, 24 labels in all. 24 labels that not every source has" in text
+    assert "models of different grids are scored on different labels" in text
+    assert {row["over"] for row in as_dicts(out[2], "gain_8nm")} == {"fine", "other"}
+    assert {row["model"] for row in as_dicts(out[2], "budget")} == {"fine", "other", "coarse"}
+
+
+def test_a_grid_without_scored_labels_says_so_and_what_its_models_cost(of_two_grids, trained, tmp_path):
+    scores, _ = of_two_grids
+    scores_json(tmp_path / "coarse.json", "coarse", "0", [])
+    out = tmp_path / "c.csv", tmp_path / "r.csv", tmp_path / "c.html"
+    write_comparison(scores, trained.runs(), *out, folds_csv=tmp_path / "folds.csv")
+    assert "Nothing to compare: no label of a crop was scored for all of coarse, ensemble." in out[2].read_text()
+    (coarse,) = [row for row in as_dicts(out[2], "ranking_32nm") if row["source"] == "coarse"]
+    assert coarse["score"] == "" and float(coarse["GPU hours"]) > 0
+    assert "3 sources on the same" in out[2].read_text()
+
+
+def test_each_grid_has_a_panel_of_differences_and_of_the_ensembles_gain(of_two_grids, tmp_path):
+    scores, grids = of_two_grids
+    for draw in (differences, ensemble_gain):
+        draw(scores, tmp_path / "two.svg", grids=grids)
+        text = (tmp_path / "two.svg").read_text()
+        assert all(f"grid {grid}" in text for grid in ("8nm", "32nm")) and "coarse" in text
+        draw(scores[:2] + scores[3:], tmp_path / "one.svg", grids=grids)
+        assert "grid 8nm" not in (tmp_path / "one.svg").read_text()
+
+
+def test_the_best_score_is_marked_among_those_of_the_same_labels(of_two_grids, tmp_path):
+    scores, _ = of_two_grids
+    content = json.loads(scores[2].read_text())
+    scores[2].write_text(json.dumps(content | {"not_served": ["d0/crop0", "d1/crop1"]}))
+    write_scores(scores, [], [], tmp_path / "s.csv", tmp_path / "s.html")
+    text = (tmp_path / "s.html").read_text()
+    (strong,) = re.findall(r'<tr class="strong">.*?</tr>', text)
+    assert "fine" in strong  # neither the ensemble nor the model of the other grid, whatever they score
+    assert "left to another grid: coarse 2." in text
 
 
 def test_too_few_crops_are_said_to_tell_nothing(trained, tmp_path):

@@ -13,6 +13,7 @@ from cellmap_pipe.errors import ConfigError, ContractError
 from cellmap_pipe.evaluation import aggregate, crops, score_instance, score_semantic
 from cellmap_pipe.evaluation.bootstrap import bootstrap
 from cellmap_pipe.evaluation.crops import evaluate_fold, score_crop_label
+from cellmap_pipe.prediction.assignment import service
 from cellmap_pipe.prepare.labels import LabelReader, read_label
 
 VOXEL, TRANSLATION, SHAPE = (4.0, 4.0, 4.0), (10.0, 20.0, 32.5), (16, 16, 16)
@@ -74,7 +75,7 @@ def fold(tmp_path, ngff):
     return tmp_path, records
 
 
-def evaluate(fold, *, rules="csc-2026.06", workers=1, classes=CLASSES, labels=None, memory_gb=None):
+def evaluate(fold, *, rules="csc-2026.06", workers=1, classes=CLASSES, derive=(), labels=None, memory_gb=None):
     path, records = fold
     (path / "validation.json").write_text(
         json.dumps({"model": "net", "fold": "0", "subset": "validation", "records": records})
@@ -86,6 +87,7 @@ def evaluate(fold, *, rules="csc-2026.06", workers=1, classes=CLASSES, labels=No
         path / "scores.json",
         rules=rules,
         classes=classes,
+        derive=derive,
         labels=labels,
         workers=workers,
         memory_gb=memory_gb,
@@ -165,6 +167,47 @@ def test_failed_volumes_miss_their_labels_and_those_of_other_grids_are_left_out(
     result = evaluate((path, records))
     assert result["not_served"] == ["jrc_x/crop1"]
     assert {record["crop"] for record in result["records"]} == {"jrc_x/crop2"}
+
+
+def test_a_label_left_to_another_grid_is_not_scored_and_one_that_was_to_be_predicted_is_missed(fold):
+    path, records = fold
+    grids = {name: {"voxel_nm": [size] * 3, "classes": CLASSES} for name, size in (("8nm", 8.0), ("32nm", 32.0))}
+    grids["4nm"] = {"voxel_nm": VOXEL, "classes": ["er", "nuc"]}  # nearer to the labels, but for two classes alone
+    asked = {"target": records[0]["target"], "classes": None}
+    left = service(asked, "8nm", CLASSES, grids, 8, False)
+    assert (left.classes, left.elsewhere) == (["mito_mem", "mito"], ["nuc", "er"])
+    for record, elsewhere in zip(records, (left.elsewhere, []), strict=True):
+        record["classes"].remove("er")
+        record["elsewhere"] = elsewhere
+        shutil.rmtree(path / record["path"] / "er")
+    result = evaluate((path, records))
+    assert result["not_served"] == ["jrc_x/crop1/er"]  # no crop annotates nuc
+    statuses = {record["crop"]: record["status"] for record in result["records"] if record["label"] == "er"}
+    assert statuses == {"jrc_x/crop2": "missing"}
+    assert len(result["records"]) == 5
+    records[0]["status"] = "not served"
+    assert evaluate((path, records))["not_served"] == ["jrc_x/crop1"]
+
+
+def test_all_sources_are_scored_on_the_same_labels(fold):
+    path, records = fold
+    learned, derive = ["er", "mito_mem"], ["mito", "golgi"]
+    labels = {(r["crop"], r["label"]) for r in evaluate(fold, classes=learned, derive=derive)["records"]}
+    assert {name for _, name in labels} == {"er", "mito_mem", "mito"}  # a group of which a part is learned
+    for record in records:
+        record["classes"] = ["er"]
+        for name in ("mito", "mito_mem"):
+            shutil.rmtree(path / record["path"] / name)
+    other = evaluate((path, records), classes=learned, derive=derive)
+    assert {(r["crop"], r["label"]) for r in other["records"]} == labels
+    missing = {record["label"] for record in other["records"] if record["status"] == "missing"}
+    assert missing == {"mito", "mito_mem"}
+
+
+def test_what_was_segmented_beyond_the_configured_classes_is_not_scored(fold):
+    result = evaluate(fold, classes=["er"], derive=["mito"])
+    assert {record["label"] for record in result["records"]} == {"er"}
+    assert set(result["dice"]) == set(result["aggregate"]["label_scores"]) == {"er"}
 
 
 def test_empty_arrays_that_mean_unknown_are_not_scored(fold):

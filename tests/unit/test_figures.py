@@ -169,6 +169,34 @@ def test_predictions_show_em_truth_and_every_source(scored, tmp_path):
     assert all(quarter.mean() > 0.02 for quarter in quarters[1:])
 
 
+def test_a_panel_says_why_a_source_did_not_segment_a_crop_or_a_class(scored, tmp_path):
+    scores, segments, crops, root = scored
+    first, second = json.loads(segments[0].read_text())["records"]
+    cause = "served by grid 32nm, the nearest to its voxels"
+    partly = tmp_path / "segment/partly.json"
+    partly.write_text(
+        json.dumps({"records": [{**first, "status": "not served", "cause": cause}, {**second, "elsewhere": ["pm"]}]})
+    )
+    predictions(scores, [partly, segments[1]], crops, tmp_path / "p.svg", data_root=root)
+    text = " ".join((tmp_path / "p.svg").read_text().replace("<!--", " ").replace("-->", " ").split())
+    assert "not segmented: served by" in text and "left to another grid: pm" in text
+    predictions(scores, segments, crops, tmp_path / "p.svg", data_root=root)
+    assert "another grid" not in (tmp_path / "p.svg").read_text()
+
+
+def test_predictions_prefer_sources_that_segmented_the_shown_crops(scored, tmp_path):
+    scores, segments, crops, root = scored
+    none = tmp_path / "segment/none.json"
+    record = {"status": "not served", "cause": "served by grid 32nm", "path": None}
+    none.write_text(json.dumps({"records": [{"name": f"d/crop{n}", **record} for n in (1, 2)]}))
+    dice = {"absent": 0.9, "a": 0.7, "b": 0.5, "c": 0.3}
+    more = [score_file(tmp_path / f"{name}.json", name, "0", {"pm": value}) for name, value in dice.items()]
+    where = [none, *[segments[0]] * 3]
+    predictions([scores[1], *more], [segments[1], *where], crops, tmp_path / "p.svg", data_root=root)
+    text = (tmp_path / "p.svg").read_text()
+    assert [name for name in ("ensemble", *dice) if f"{name}, fold 0" in text] == ["ensemble", "a", "b", "c"]
+
+
 def test_predictions_are_the_same_bytes_each_time(scored, tmp_path):
     scores, segments, crops, root = scored
     for name in ("a.png", "b.png"):
@@ -222,7 +250,9 @@ def test_svg_has_no_date_and_is_the_same_bytes_each_time(tmp_path):
 def test_scores_are_drawn_as_bars_or_as_a_map(tmp_path, sources):
     names = ["ensemble", *(f"model_{index}" for index in range(1, sources))]
     files = [
-        score_file(tmp_path / f"{name}.json", name, "0", {"pm": 0.3 + 0.05 * index, "nuc": 0.6})
+        score_file(
+            tmp_path / f"{name}.json", name, "0", {"pm": 0.3 + 0.05 * index, "nuc": 0.6}, [pm_of("d/crop1", 0.3)]
+        )
         for index, name in enumerate(names)
     ]
     class_scores(files, tmp_path / "classes.png")
@@ -231,20 +261,31 @@ def test_scores_are_drawn_as_bars_or_as_a_map(tmp_path, sources):
     assert pixels(tmp_path / "gain.png").std() > 10
 
 
-def test_sources_are_compared_over_the_folds_that_all_have(tmp_path):
+def pm_of(crop, share):
+    counts = {"tp": round(1000 * share), "fp": 0, "fn": 1000 - round(1000 * share), "tn": 1000}
+    return {"crop": crop, "label": "pm", "status": "scored", "kind": "semantic", "known_voxels": 2000, **counts}
+
+
+def test_the_ensembles_gain_is_over_the_labels_that_all_were_scored_on(tmp_path):
     files = [
-        score_file(tmp_path / f"{name}{fold}.json", name, fold, {"pm": dice})
-        for name, fold, dice in [("ensemble", "0", 0.5), ("a", "0", 0.4), ("b", "0", 0.3)]
+        score_file(tmp_path / f"{name}0.json", name, "0", {"pm": dice}, [pm_of("d/crop1", dice)])
+        for name, dice in [("ensemble", 0.5), ("a", 0.4), ("b", 0.3)]
     ]
     ensemble_gain(files, tmp_path / "one.svg")
-    lone = [score_file(tmp_path / f"{name}1.json", name, "1", {"pm": 0.9}) for name in ("ensemble", "a")]
+    lone = [
+        score_file(tmp_path / f"{name}1.json", name, "1", {"pm": 0.9}, [pm_of("d/crop2", 0.9)])
+        for name in ("ensemble", "a")
+    ]
     ensemble_gain([*files, *lone], tmp_path / "two.svg")
-    assert (tmp_path / "one.svg").read_text() == (tmp_path / "two.svg").read_text()
+    text = (tmp_path / "one.svg").read_text()
+    assert all(name in text for name in ("ensemble", "overall", "pm"))
+    assert text == (tmp_path / "two.svg").read_text()
 
 
 def test_ensemble_without_models_says_that_there_is_nothing_to_compare(tmp_path):
-    ensemble_gain([score_file(tmp_path / "e.json", "ensemble", "0", {"pm": 0.5})], tmp_path / "gain.svg")
-    assert (tmp_path / "gain.svg").stat().st_size > 1000
+    alone = score_file(tmp_path / "e.json", "ensemble", "0", {"pm": 0.5}, [pm_of("d/crop1", 0.5)])
+    ensemble_gain([alone], tmp_path / "gain.svg")
+    assert "Nothing to compare" in (tmp_path / "gain.svg").read_text()
 
 
 def test_bars_fill_the_figure_although_no_artefact_is_marked(tmp_path):

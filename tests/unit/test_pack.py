@@ -103,6 +103,22 @@ def test_groups_are_formed_from_their_parts(tmp_path):
     assert report["approximate"] == {"crop1/er_mem_all": ["eres_mem", "ne_mem"]}
 
 
+def test_the_report_names_the_segmentations_that_were_packed(tmp_path):
+    manifest, source = write_manifest(tmp_path / "manifest.csv"), segmentation(tmp_path)
+    content = json.loads(source.read_text())
+    for record, fingerprint in zip(content["records"], ("a" * 64, "b" * 64), strict=True):
+        record["fingerprint"] = fingerprint
+    source.write_text(json.dumps(content))
+    _, report = packed(tmp_path, source, manifest)
+    assert report["segmentations"] == {"jrc_x/crop1": "a" * 64, "jrc_x/crop2": "b" * 64}
+
+
+def test_predictions_of_another_pipeline_have_no_fingerprints(tmp_path):
+    write(tmp_path, "p.zarr/crop1/er", volumes_of(1)["er"])
+    _, report = packed(tmp_path, tmp_path / "p.zarr", write_manifest(tmp_path / "manifest.csv", ["1"], ["er"]))
+    assert report["segmentations"] is None
+
+
 def test_progress_counts_the_arrays(tmp_path):
     told = []
     manifest = write_manifest(tmp_path / "manifest.csv", ["1"])
@@ -203,6 +219,8 @@ def test_a_zarr_folder_a_zip_and_segmentations_give_the_same_submission(tmp_path
         _, report = packed(tmp_path, predictions, manifest)
         assert report["problems"] == report["warnings"] == report["not_predicted"] == []
         reports.append(report)
+    fingerprints = [report.pop("segmentations") for report in reports]
+    assert fingerprints[:2] == [None, None] and set(fingerprints[2]) == {"jrc_x/crop1", "jrc_x/crop2"}
     assert reports[0] == reports[1] == reports[2]
 
 

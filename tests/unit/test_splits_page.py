@@ -27,13 +27,16 @@ def write(path, rows):
     return path
 
 
-def page_of(folder, crops=CROPS, *, margin_nm=500.0, both=()):
+def page_of(folder, crops=CROPS, *, margin_nm=500.0, both=(), datasplit=None):
     box = {"voxel_nm": "8;8;8", "shape": "50;50;50"}
     listed = [
         {"crop": name, "dataset": crop[0], "annotated": "pm;nuc;ecs", "translation_nm": f"0;0;{crop[2]}", **box}
         for name, crop in crops.items()
     ]
-    folds = [{"crop": name, "group": name, "fold": crop[1], "grouped_by": "crop"} for name, crop in crops.items()]
+    folds = [
+        {"crop": name, "group": name, "fold": crop[1], "grouped_by": "datasplit" if datasplit else "crop"}
+        for name, crop in crops.items()
+    ]
     quality = [
         {"crop": name, "verdict": crop[4], "present_classes": crop[3], "supervised_pairs": 2_000_000, **box}
         for name, crop in crops.items()
@@ -43,12 +46,13 @@ def page_of(folder, crops=CROPS, *, margin_nm=500.0, both=()):
         + [{"crop": name} for name in both],
         "validation": [{"crop": name} for name, crop in crops.items() if crop[1] == 0],
     }
-    (folder / "fold0.json").write_text(json.dumps(sides))
+    (folder / "8nm").mkdir(exist_ok=True)
+    (folder / "8nm/fold0.json").write_text(json.dumps(sides))
     write_splits(
         write(folder / "crops.csv", listed),
         write(folder / "folds.csv", folds),
         {"8nm": write(folder / "quality.csv", quality)},
-        [folder / "fold0.json"],
+        [folder / "8nm/fold0.json"],
         folder / "splits.html",
         classes=["ecs", "pm", "nuc"],
         run=["0"],
@@ -56,6 +60,7 @@ def page_of(folder, crops=CROPS, *, margin_nm=500.0, both=()):
         margin_nm=margin_nm,
         n=2,
         seed=0,
+        datasplit=datasplit,
     )
     return (folder / "splits.html").read_text()
 
@@ -73,6 +78,37 @@ def test_classes_are_counted_on_both_sides_of_each_fold(tmp_path):
     assert found["nuc"] == ["4", "2", "1", "1", "1", "1", "&ndash;"]
     assert found["ecs"][:6] == ["4", "1", "1", "0", "0", "1"]  # the rejected crop does not count
     assert found["ecs"][6] == "fold 0 never sees it in training"  # fold 1 is not trained
+
+
+def test_a_crop_that_another_grid_is_asked_for_measures_no_class_here(tmp_path):
+    page_of(tmp_path)
+    # ecs of fold 0 is in other/crop5 alone, which the coarse grid validates
+    datalists = {"8nm": ["jrc_hela-2/crop1"], "32nm": ["other/crop5"]}
+    for grid, crops in datalists.items():
+        (tmp_path / grid).mkdir(exist_ok=True)
+        sides = {"training": [], "validation": [{"crop": name} for name in crops]}
+        (tmp_path / grid / "fold0.json").write_text(json.dumps(sides))
+    write_splits(
+        tmp_path / "crops.csv",
+        tmp_path / "folds.csv",
+        dict.fromkeys(datalists, tmp_path / "quality.csv"),
+        [tmp_path / grid / "fold0.json" for grid in datalists],
+        tmp_path / "splits.html",
+        classes=["ecs", "pm"],
+        run=["0"],
+        group="crop",
+        margin_nm=0,
+        n=2,
+        seed=0,
+    )
+    text = (tmp_path / "splits.html").read_text()
+    fine, coarse = ({row[0]: row[3:] for row in rows(text, f"classes_{grid}")} for grid in datalists)
+    # fold 0 validation, validated here, training; fold 1, which is not trained, validation and training
+    assert fine["ecs"] == ["1", "0", "0", "0", "1", "fold 0 never sees it in training; fold 0 cannot measure it"]
+    assert coarse["ecs"] == ["1", "1", "0", "0", "1", "fold 0 never sees it in training"]
+    assert fine["pm"] == ["1", "1", "1", "1", "1", "&ndash;"]
+    assert coarse["pm"] == ["1", "0", "1", "1", "1", "fold 0 cannot measure it"]
+    assert [row[4] for row in rows(text, "sizes_8nm")] == ["1", "&ndash;", "&ndash;", "&ndash;"]
 
 
 def test_sizes_count_crops_in_use_their_volume_and_specimens(tmp_path):
@@ -99,6 +135,17 @@ def test_shared_specimens_are_said(tmp_path):
     assert "1 of 2 specimens are on both sides of a fold (jrc_hela)" in text
 
 
+def test_the_page_says_what_the_folds_follow_from(tmp_path):
+    text = page_of(tmp_path)
+    assert "folds.n = 2, folds.seed = 0, folds.group = crop, folds.margin_nm = 500" in text
+    assert "from the list of crops and the seed alone" in text and "neighbours stay together" in text
+    given = page_of(tmp_path, datasplit="mine/datasplit.csv")
+    assert "folds.datasplit = mine/datasplit.csv, folds.margin_nm = 500" in given
+    assert "Folds are those of mine/datasplit.csv" in given
+    for untrue in ("folds.n =", "folds.seed =", "folds.group =", "seed alone", "neighbours stay together"):
+        assert untrue not in given
+
+
 def test_a_crop_on_both_sides_is_refused(tmp_path):
     with pytest.raises(ContractError, match=r"fold0.json: leak: other/crop5 is in training and in validation"):
         page_of(tmp_path, both=["other/crop5"])
@@ -117,5 +164,15 @@ def test_a_fold_table_of_other_crops_is_refused(tmp_path):
     table.write_text(table.read_text() + "new/crop7,new/crop7,0,crop\n")
     with pytest.raises(ContractError, match=r"new/crop7 is not in .*crops.csv"):
         write_splits(
-            tmp_path / "crops.csv", table, {}, [], tmp_path / "x.html", classes=[], run=[], group="crop", margin_nm=0
+            tmp_path / "crops.csv",
+            table,
+            {},
+            [],
+            tmp_path / "x.html",
+            classes=[],
+            run=[],
+            group="crop",
+            margin_nm=0,
+            n=2,
+            seed=0,
         )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -88,13 +89,17 @@ def inputs_of(demo, folder):
         "crops": "crops.csv",
         "folds": "folds.csv",
         "table": "report/scores.csv",
+        "crop_scores": "report/crop_scores.csv",
         "ranking": "report/ranking.csv",
+        "comparison": "report/comparison.csv",
         "quality": "quality/*/crops.csv",
         "converted": "convert/*/shard*.json",
+        "ceilings": "ceiling/*/shard*.json",
         "stores": "chunks/*/index.json",
         "datalists": "datalist/*/fold*.json",
         "metrics": "train/*/fold*/metrics.json",
         "weights": "train/*/fold*/model.pt",
+        "history": "train/*/fold*/history.csv",
         "predictions": "predict/*/fold*/*/shard*.json",
         "ensembles": "ensemble/*/fold*.json",
         "tuned": "tune/*.json",
@@ -102,10 +107,20 @@ def inputs_of(demo, folder):
         "scores": "scores/*/fold*.json",
         "submission": "submission/report.json",
         "archive": "submission/submission.zip",
+        "forecast": "submission/forecast.json",
+        "truth_scores": "submission/scores.json",
     }
     found = {kind: sorted(map(str, Path("results").glob(pattern))) for kind, pattern in kinds.items()}
-    assert {path for paths in found.values() for path in paths} == set(recorded)
+    of_runs = set(map(str, Path("runs").glob("*/fold*/usage.csv")))
+    assert {path for paths in found.values() for path in paths} | of_runs == set(recorded)
     return found
+
+
+def assert_all_is_shown(content, page):
+    """Every file stands in a table of the page; every comparison stands in a section that it links to."""
+    assert [path for path in content["files"] if f">{path}<" not in page] == []
+    assert {check["of"] for check in content["checks"] if f'id="{check["of"]}"' not in page} == set()
+    assert [check["what"] for check in content["checks"] if escape(check["what"]) not in page] == []
 
 
 @pytest.fixture
@@ -137,8 +152,23 @@ def test_every_number_of_the_demo_is_traced_and_agrees(demo, copied):
     )
     page = Path("results/report/provenance.html").read_text()
     assert "comparisons agree" in page and "DIFFERS" not in page
+    assert_all_is_shown(content, page)
     for source in (*MODELS, "ensemble"):
         assert f'id="{source}-fold0"' in page
+
+
+def test_the_submissions_section_has_its_comparisons_and_the_predictions_behind_it(demo):
+    content = json.loads((demo / "results/report/provenance.json").read_text())
+    said = {check["what"] for check in content["checks"] if check["of"] == "submission"}
+    whose = {f"{model}/fold0" for model in MODELS}
+    assert {f"test, {name}: weights of the predictions are those of model.pt" for name in whose} <= said
+    assert PACKED in said
+    assert not [check for check in content["checks"] if "test" in check["what"] and check["of"] != "submission"]
+    page = (demo / "results/report/provenance.html").read_text()
+    section = page[page.index('id="submission"') : page.index('id="data"')]
+    for model in MODELS:
+        assert f"results/predict/{model}/fold0/test/shard0.json" in section
+    assert "results/submission/forecast.json" in section and "results/submission/scores.json" in section
 
 
 def test_provenance_is_the_same_each_time(demo, copied, tmp_path):
@@ -151,13 +181,51 @@ def test_provenance_is_the_same_each_time(demo, copied, tmp_path):
     assert Path("a.html").read_bytes() == Path("b.html").read_bytes()
 
 
+def test_a_submission_is_traced_where_nothing_was_scored(copied):
+    """As after a training on all crops."""
+    files, settings = copied
+    of_scores = {kind: [] for kind in ("scores", "table", "crop_scores", "ranking", "comparison", "forecast")}
+    files = {kind: [path for path in paths if "validation" not in path] for kind, paths in files.items()} | of_scores
+    files["tuned"] = ["results/tune/ensemble.json"]  # as it was for the segmentations that there are
+    write_provenance(files, "p.json", "p.html", settings=settings, repository=ROOT, data_root="none")
+    content, page = json.loads(Path("p.json").read_text()), Path("p.html").read_text()
+    assert not content["sources"]
+    assert content["submission"]["sha256"] == file_digest("results/submission/submission.zip")
+    assert len(content["checks"]) > 10 and all(check["agrees"] for check in content["checks"])
+    assert "Nothing was scored" in page and ">Scores<" not in page
+    assert_all_is_shown(content, page)
+
+
+def test_where_a_run_directory_is_gone_the_training_is_traced_without_it(copied):
+    files, settings = copied
+    shutil.rmtree("runs")
+    content = collect(files, settings, Path("runs"))
+    assert all(check["agrees"] for check in content["checks"])
+    assert all(training["usage"] is None for training in content["trainings"].values())
+
+
 def test_other_weights_than_the_recorded_ones_are_noticed(copied):
     weights = Path("results/train/unet_3d/fold0/model.pt")
     weights.write_bytes(weights.read_bytes() + b"\0")
     assert differing(copied) == {
-        ("unet_3d-fold0", f"weights of the {subset} predictions are those of model.pt")
-        for subset in ("validation", "test")
+        ("unet_3d-fold0", "validation: weights of the predictions are those of model.pt"),
+        ("submission", "test, unet_3d/fold0: weights of the predictions are those of model.pt"),
     }
+
+
+def test_a_submission_that_is_older_than_its_segmentations_is_noticed(copied):
+    """As after `snakemake --touch`."""
+    segmentation = "results/segment/ensemble/foldall/test.json"
+    changed(segmentation, lambda content: content["records"][0].update(fingerprint="0" * 64))
+    assert ("submission", PACKED) in differing(copied)
+    changed("results/submission/report.json", lambda report: report.pop("segmentations"))  # of an earlier version
+    assert PACKED not in {what for _, what in differing(copied)}
+
+
+def test_scores_of_another_archive_are_noticed(copied):
+    changed("results/submission/scores.json", lambda scores: scores["digests"].update(submission="0" * 64))
+    what = "the archive that was scored against the truth is the one that is there"
+    assert differing(copied) == {("submission", what)}
 
 
 def test_other_settings_crops_or_code_than_those_trained_with_are_noticed(copied, monkeypatch):
@@ -201,6 +269,7 @@ def changed(path, change):
     Path(path).write_text(json.dumps(content))
 
 
+PACKED = "the segmentations that were packed are those that are there"
 CLASSES = "score, score_clean and Dice of each class, also in scores.csv, are those of the records"
 
 
@@ -233,7 +302,10 @@ def test_a_class_in_the_table_a_rank_and_another_tuning_are_noticed(copied):
     found = differing(copied)
     assert ("unet_3d-fold0", CLASSES) in found
     assert ("unet_3d-fold0", "score in ranking.csv is that of the records of all folds") in found
-    assert [what for _, what in found if what == "test: processing is that of the settings and of tuning"]
+    processing = "processing is that of the settings and of tuning"
+    assert [of for of, what in found if what.startswith("test, ensemble/") and what.endswith(processing)] == [
+        "submission"
+    ]
 
 
 def test_a_difference_is_said_in_red_and_in_words(copied, browser):
@@ -244,6 +316,8 @@ def test_a_difference_is_said_in_red_and_in_words(copied, browser):
     browser.open(Path("p.html"))
     [verdict] = browser.find(".verdict.bad")
     assert "2 of" in verdict.text and "DIFFER" in verdict.text and "unet_3d-fold0" in verdict.text
+    content = json.loads(Path("p.json").read_text())
+    assert_all_is_shown(content, Path("p.html").read_text())
     red, green, blue, _ = browser.run(
         "return getComputedStyle(arguments[0]).color.match(/[0-9]+/g).concat(1).map(Number)", verdict
     )[:4]

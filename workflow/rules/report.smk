@@ -167,7 +167,7 @@ rule comparison_page:
             "results/report/ensemble_gain.svg",
             category="Comparison",
             labels={"shows": "ensemble against models"},
-            caption="../report/comparison.rst",
+            caption="../report/ensemble_gain.rst",
         ),
         budget=report(
             "results/report/equal_budget.svg",
@@ -223,7 +223,7 @@ rule predictions_page:
         figure=report(
             "results/report/predictions_fold{fold}.png",
             category="Predictions",
-            labels={"shows": "all models side by side, fold {fold}"},
+            labels={"shows": "ensemble and best models, fold {fold}"},
             caption="../report/predictions.rst",
         ),
     log:
@@ -264,6 +264,7 @@ rule splits_page:
         settings=canonical_json(
             {
                 **CONFIG.fold_settings(),
+                "datasplit": CONFIG.folds.datasplit,
                 "classes": list(CONFIG.classes),
                 "run": list(FOLDS),
             }
@@ -309,16 +310,21 @@ rule provenance:
     input:
         crops=rules.crops.output.table,
         folds=rules.folds.output.table,
-        table=rules.compare.output.table,
-        ranking=rules.comparison_page.output.ranking,
+        # without validation crops there are no scores; the submission's origin is asked for all the same
+        table=given(VALIDATED_FOLDS and rules.compare.output.table),
+        crop_scores=given(VALIDATED_FOLDS and rules.compare.output.crops),
+        ranking=given(VALIDATED_FOLDS and rules.comparison_page.output.ranking),
+        comparison=given(VALIDATED_FOLDS and rules.comparison_page.output.pairs),
         quality=expand(rules.quality.output.crops, grid=CONFIG.grids_in_use),
         converted=expand(
             rules.convert.output.index, grid=CONFIG.grids_in_use, shard=SHARDS
         ),
+        ceilings=rules.compare.input.ceilings,
         stores=expand(rules.chunk_index.output.index, grid=CONFIG.grids_in_use),
         datalists=rules.splits_page.input.datalists,
         metrics=expand(rules.train.output.metrics, model=MODELS, fold=FOLDS),
         weights=expand(rules.train.output.weights, model=MODELS, fold=FOLDS),
+        history=rules.training_curves.input.history,
         predictions=all_predictions,
         ensembles=[
             *expand(
@@ -336,9 +342,17 @@ rule provenance:
             ),
             *given(SUBMITTED and rules.segment.output.index.format(**SUBMITTED)),
         ],
-        scores=validation_scores(SOURCES, "there are no numbers to trace"),
+        scores=expand(
+            rules.evaluate.output.scores, source=SOURCES, fold=VALIDATED_FOLDS
+        ),
         submission=given(SUBMITTED and rules.submission.output.checks),
         archive=given(SUBMITTED and rules.submission.output.archive),
+        forecast=given(
+            SUBMITTED and VALIDATED_FOLDS and rules.submission_forecast.output.forecast
+        ),
+        truth_scores=given(
+            SUBMITTED and CONFIG.data.truth and rules.score_submission.output.scores
+        ),
     output:
         table=report(
             "results/report/provenance.json",

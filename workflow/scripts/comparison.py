@@ -4,7 +4,7 @@ import json
 from typing import TYPE_CHECKING
 
 from cellmap_pipe.log import job
-from cellmap_pipe.report.comparison import write_comparison
+from cellmap_pipe.report.comparison import grids_of, write_comparison
 from cellmap_pipe.report.figures import budgets, differences, ensemble_gain
 from cellmap_pipe.report.training import read_runs
 
@@ -22,6 +22,6 @@ with job(snakemake):
         folds_csv=snakemake.input.folds,
         specimens=json.loads(snakemake.params.specimens),
     )
-    differences(snakemake.input.scores, snakemake.output.differences)
-    ensemble_gain(snakemake.input.scores, snakemake.output.gain)
+    differences(snakemake.input.scores, snakemake.output.differences, grids=grids_of(runs))
+    ensemble_gain(snakemake.input.scores, snakemake.output.gain, grids=grids_of(runs))
     budgets(runs, snakemake.output.budget)

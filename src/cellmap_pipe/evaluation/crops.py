@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cellmap_pipe.classes import CLASSES, get_class, score_ceiling
+from cellmap_pipe.classes import CLASSES, get_class, parts_of, score_ceiling
 from cellmap_pipe.errors import CellmapError, ContractError
 from cellmap_pipe.evaluation.alignment import align_by, held_bytes, is_instance, resampling_bytes
 from cellmap_pipe.evaluation.bootstrap import bootstrap
@@ -63,41 +63,51 @@ def evaluate_fold(
     *,
     rules: str = "csc-2026.06",
     classes: Sequence[str],
+    derive: Sequence[str],
     labels: Mapping[str, Any] | None = None,
     workers: int = 1,
     memory_gb: float | None = None,
 ) -> None:
-    """Write the scores of all volumes in `segment_json` over their annotated labels (`classes` and segmented groups).
+    """Write the scores of all volumes in `segment_json` over those of `classes` and their groups that are annotated.
 
+    derive: groups that are formed of parts; those of which any part is in `classes` are scored, whichever parts the
+    model has. The labels are thus the same for all sources, and so is what means that compare them are over: a label
+    that a model lacks is missed, and one that it segmented beyond them, as with weights of another configuration, is
+    not scored at all.
     labels: what all-zero arrays mean, as configured (`empty`, `empty_by_class`, `empty_by_crop`; default: absent). One
     that means "unknown" is listed under `withdrawn` and not scored, as it is not trained on.
-    Unknown voxels count nowhere. A volume that failed misses its labels; one that another model's grid serves is listed
-    under `not_served` and left out. A label that cannot be read or compared is recorded with status "failed" and its
-    cause; the others count. Result keys: records (official keys; crop, label, kind, dice, known_voxels, and voxels:
-    tp, fp, fn of the foreground), aggregate, clean, background, interval (bootstrap over crops), dice, mean_dice,
-    differs and clean_records (where `clean` differs), failed, withdrawn, not_served, ceiling, rules, provisional, note,
-    model, fold and segmentations (fingerprint by volume).
+    Unknown voxels count nowhere. A volume that failed misses its labels. One that the model was not to predict, and a
+    label that it was to leave to another grid (`elsewhere` of the volume's record), are left out and listed under
+    `not_served`, as volume and volume/label. A label that cannot be read or compared is recorded with status "failed"
+    and its cause; the others count. Result keys: records (official keys; crop, label, kind, dice, known_voxels, and
+    voxels: tp, fp, fn of the foreground), aggregate, clean, background, interval (bootstrap over crops), dice,
+    mean_dice, differs and clean_records (where `clean` differs), failed, withdrawn, not_served, ceiling, rules,
+    provisional, note, model, fold and segmentations (fingerprint by volume).
     Raises ContractError if a volume is not in crops.csv.
     """
     chosen, labels = get_rules(rules), labels or {"empty": "absent"}
-    for name in classes:
+    for name in (*classes, *derive):
         get_class(name)
     content = read_json(segment_json, "run again with -R segment")
     with open(crops_csv, newline="") as stream:
         crops = {row["crop"]: row for row in csv.DictReader(stream)}
     volumes = content["records"]
     budget = budget_bytes(memory_gb)
-    segmented = {label for volume in volumes if volume["status"] == "ok" for label in volume["classes"]}
-    answerable = [name for name in CLASSES if name in segmented or name in classes]
-    tasks, costs = [], []
+    answerable = [name for name in CLASSES if name in classes or (name in derive and parts_of(name, classes))]
+    tasks, costs, not_served = [], [], []
     for volume in volumes:
         if volume["status"] == "not served":
+            not_served.append(volume["name"])
             continue
         if volume["name"] not in crops:
             raise ContractError(f"{volume['name']}: in {segment_json}, not in {crops_csv}; run again with -R segment")
         row = crops[volume["name"]]
         folder = Path(segment_json).parent / volume["path"] if volume["status"] == "ok" else None
+        elsewhere = volume.get("elsewhere", [])  # records of earlier versions do not say
         for label in (name for name in answerable if name in row["annotated"].split(";")):
+            if label in elsewhere:
+                not_served.append(f"{volume['name']}/{label}")
+                continue
             path = Path(data_root) / row["labels"] / label
             unknown = empty_means(labels, volume["name"], label) == "unknown"
             task = CropTask(volume["name"], label, str(path), folder and str(folder), chosen.name, budget, unknown)
@@ -107,16 +117,17 @@ def evaluate_fold(
     tasks = sorted(tasks, key=lambda task: (task.crop, task.label))
     results = [result for task in tasks if (result := scored[task]) is not None]
     withdrawn = [f"{task.crop}/{task.label}" for task in tasks if scored[task] is None]
-    write_json(out_json, {**_summary(results, chosen, answerable), "withdrawn": withdrawn, **_origin(content, volumes)})
-
-
-def _origin(content: Mapping[str, Any], volumes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {
-        "model": content["model"],
-        "fold": content["fold"],
-        "not_served": sorted(volume["name"] for volume in volumes if volume["status"] == "not served"),
-        "segmentations": {volume["name"]: volume.get("fingerprint") for volume in volumes},
-    }
+    write_json(
+        out_json,
+        {
+            **_summary(results, chosen, answerable),
+            "withdrawn": withdrawn,
+            "not_served": sorted(not_served),
+            "model": content["model"],
+            "fold": content["fold"],
+            "segmentations": {volume["name"]: volume.get("fingerprint") for volume in volumes},
+        },
+    )
 
 
 def _summary(results: Sequence[CropScore], rules: Rules, answerable: Sequence[str]) -> dict[str, Any]:

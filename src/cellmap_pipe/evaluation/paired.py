@@ -115,6 +115,20 @@ class Comparison:
         return tie_groups(self.order, self.shown())
 
 
+def shared_records(records: Mapping[str, Iterable[Record]]) -> dict[str, list[Record]]:
+    """Return the records of those labels of crops that every source has, by source and in the same order.
+
+    One that failed for any source is left out for all.
+    """
+    used = {
+        # sorted, so that sums do not depend on the order of files
+        source: sorted((entry for entry in records[source] if entry.get("status") != "failed"), key=_name)
+        for source in sorted(records)
+    }
+    common = set.intersection(*({_name(entry) for entry in found} for found in used.values())) if used else set()
+    return {source: [entry for entry in found if _name(entry) in common] for source, found in used.items()}
+
+
 def compare_sources(
     records: Mapping[str, Iterable[Record]],
     unit_of: Mapping[str, str] | None = None,
@@ -132,15 +146,9 @@ def compare_sources(
     Where few crops decide a difference, because they are large or the only ones of a class, both are made wider: see
     `_effective_units` and `_widening`.
     """
-    used = {
-        # sorted, so that sums do not depend on the order of files
-        source: sorted((entry for entry in records[source] if entry.get("status") != "failed"), key=_name)
-        for source in sorted(records)
-    }
-    named = {source: {_name(entry) for entry in found} for source, found in used.items()}
-    common = set.intersection(*named.values()) if named else set()
-    every = set.union(*named.values()) if named else set()
-    shared = {source: [entry for entry in found if _name(entry) in common] for source, found in used.items()}
+    shared = shared_records(records)
+    common = {_name(entry) for found in shared.values() for entry in found}
+    every = {_name(entry) for found in records.values() for entry in found if entry.get("status") != "failed"}
     crops = {crop for crop, _ in common}
     units = {(unit_of or {}).get(crop, crop) for crop in crops}
     if not common:

@@ -69,15 +69,15 @@ def pack(
     scores: validation scores (results/scores/{source}/fold*.json), for the forecast. progress: called with (arrays
     packed, arrays in all).
     The report: problems and warnings (lines), rows, zero_rows (no voxel set), not_predicted, approximate (rows of
-    groups that lack some of their parts: these), forecast (`Validation.forecast`; None without scores), sha256, size,
-    rules, note.
+    groups that lack some of their parts: these), segmentations (fingerprint by volume; None for predictions in a
+    folder or zip), forecast (`Validation.forecast`; None without scores), sha256, size, rules, note.
     Raises ContractError if a segmentation is not what its JSON says, DataError for predictions that cannot be packed,
     ConfigError if what is written would replace or lie in what is read.
     """
     _check_places(Path(out_zip), Path(report_json), Path(predictions), [Path(p) for p in (volumes_csv, *scores)])
     volumes = _volumes(Path(predictions))
     labels = sorted({*classes, *(label for volume in volumes.values() for label in volume.classes)})
-    boxes = _targets(Path(predictions))
+    boxes, fingerprints = _targets(Path(predictions)), _fingerprints(Path(predictions))
     rows = read_manifest(volumes_csv, labels, boxes)
     problems = [
         Problem(crop, "no geometry", "neither the table nor a volume has it", "give it in the table; left out")
@@ -136,6 +136,7 @@ def pack(
             "zero_rows": zero_rows,
             "not_predicted": not_predicted,
             "approximate": approximate,
+            "segmentations": fingerprints,
             "forecast": validation.forecast(wanted, wanted - answered) if validation else None,
             "sha256": file_digest(out_zip),
             "size": Path(out_zip).stat().st_size,
@@ -229,6 +230,14 @@ def _targets(path: Path) -> dict[str, Lattice]:
         if record.get("target"):
             result[record["name"].rpartition("/")[2]] = Lattice.from_dict(record["target"])
     return result
+
+
+def _fingerprints(path: Path) -> dict[str, str | None] | None:
+    """Return the fingerprint of every segmented volume, by which one notices that the submission is older than it."""
+    if path.suffix != ".json":
+        return None
+    records = read_json(path, "run again with -R segment")["records"]
+    return {record["name"]: record.get("fingerprint") for record in records}
 
 
 def _unused(volumes: Mapping[str, _Volume], rows: Sequence[ManifestRow]) -> list[Problem]:

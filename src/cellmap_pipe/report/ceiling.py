@@ -72,15 +72,12 @@ class Ceilings:
         The nearest is the one that predictions of the crop are made on. Pairs without a record are left out.
         """
         sizes = {crop: entry["voxel_size"] for found in self.records.values() for (crop, _), entry in found.items()}
-        chosen = {crop: grid or self._nearest(size) for crop, size in sizes.items()}
+        chosen = {crop: grid or nearest_grid(self.voxel_nm, size) for crop, size in sizes.items()}
         return {
             (crop, label): self.records[chosen[crop]][crop, label]
             for crop, label in pairs
             if crop in chosen and (crop, label) in self.records.get(chosen[crop], {})
         }
-
-    def _nearest(self, size: Sequence[float]) -> str:
-        return nearest_grid({name: size if isinstance(own, str) else own for name, own in self.voxel_nm.items()}, size)
 
 
 def read_ceilings(ceiling_jsons: Iterable[Path]) -> Ceilings:

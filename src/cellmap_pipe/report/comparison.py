@@ -44,12 +44,18 @@ RANKING_COLUMNS: tuple[Column, ...] = (
     Column("from 0 to 1", ".3f", "bar: the score; line: its interval"),
     Column("score_clean", ".4f", "the same by the rules 'clean', without the official evaluator's artefacts"),
     Column("behind the best", ".4f", "score of the best source less this one, on the same crops"),
-    Column("GPU hours", ",.3f", "of all trainings; the ensemble's are those of all models; empty: not measured"),
-    Column("CPU hours", ",.3f", "hours x processes of trainings without GPUs"),
-    Column("steps", ",d", "optimiser steps of all trainings"),
-    Column("trainings", "d", "folds that were trained; the ensemble's are those of all models"),
+    Column(
+        "GPU hours",
+        ",.3f",
+        "of the trainings whose folds are scored; the ensemble's are those of all models; empty: not measured",
+    ),
+    Column("CPU hours", ",.3f", "hours x processes of such trainings without GPUs"),
+    Column("steps", ",d", "optimiser steps of such trainings"),
+    Column("trainings", "d", "folds that were trained and scored; the ensemble's are those of all models"),
     Column("weights", ",d", "parameters of the network, of all models for the ensemble"),
 )
+
+_COSTS = ("GPU hours", "CPU hours", "steps", "trainings", "weights")
 
 PAIR_COLUMNS: tuple[Column, ...] = (
     Column("better"),
@@ -74,7 +80,7 @@ BUDGET_COLUMNS: tuple[Column, ...] = (
 )
 
 CSV_COLUMNS = (
-    "rules drawn units first second score_first score_second difference low high low_all high_all verdict".split()
+    "grid rules drawn units first second score_first score_second difference low high low_all high_all verdict".split()
 )
 
 # Blues that differ in lightness, and greys, so that they differ for every kind of sight.
@@ -83,12 +89,32 @@ VERDICTS_SHOWN: dict[str, str] = {SHOWN: "#0072B2", SHOWN_ALONE: "#56B4E9", NOT_
 
 @dataclass(frozen=True)
 class Compared:
-    """Sources by the official rules over crops and over specimens, and by the rules `clean` over crops."""
+    """Sources of one grid by the official rules over crops and over specimens, and by the rules `clean` over crops."""
 
+    grid: str
+    scores: list[Scores]
     rules: str
     official: Comparison
     specimens: Comparison
     clean: Comparison
+
+
+def grids_of(runs: Sequence[Run]) -> dict[str, str]:
+    """Return the grid of each model."""
+    return {run.model: str(run.metrics["grid"]) for run in runs}
+
+
+def by_grid(scores: Sequence[Scores], grids: Mapping[str, str]) -> dict[str, list[Scores]]:
+    """Return the scores that compare, by grid: those of its models, and of the ensemble. grids: by model.
+
+    A class of a crop is answered by the models of one grid alone, the nearest to its voxels, so that models of two
+    grids are scored on different labels. The ensemble has the answers of all.
+    """
+    models = dict.fromkeys(entry.source for entry in scores if entry.source != ENSEMBLE)
+    return {
+        grid: [entry for entry in scores if entry.source == ENSEMBLE or grids.get(entry.source, "") == grid]
+        for grid in dict.fromkeys(grids.get(model, "") for model in models)
+    } or {"": list(scores)}
 
 
 def pooled_records(scores: Sequence[Scores], *, clean: bool = False) -> dict[str, list[Record]]:
@@ -107,18 +133,26 @@ def pooled_records(scores: Sequence[Scores], *, clean: bool = False) -> dict[str
     return found
 
 
-def compare(scores: Sequence[Scores], specimens: Mapping[str, str]) -> Compared:
-    """Return the comparison of all sources. specimens: by dataset, where the built-in list does not know it.
+def compare(scores: Sequence[Scores], specimens: Mapping[str, str], grids: Mapping[str, str]) -> list[Compared]:
+    """Return the comparison of the sources of each grid.
 
-    Raises ContractError for different rules.
+    specimens: by dataset, where the built-in list does not know it. grids: by model. Raises ContractError for different
+    rules.
     """
-    official, clean = pooled_records(scores), pooled_records(scores, clean=True)
-    datasets = {crop: crop.split("/")[0] for records in official.values() for crop in {str(e["crop"]) for e in records}}
+    everything = pooled_records(scores)
+    datasets = {
+        crop: crop.split("/")[0] for records in everything.values() for crop in {str(e["crop"]) for e in records}
+    }
     known = {dataset: specimen for dataset, specimen in specimens.items() if dataset in datasets.values()}
     specimen = specimens_of(sorted(set(datasets.values())), known)
     unit_of = {crop: specimen[dataset] for crop, dataset in datasets.items()}
     rules = str(scores[0].content["rules"]) if scores else ""
-    return Compared(rules, compare_sources(official), compare_sources(official, unit_of), compare_sources(clean))
+    found = []
+    for grid, own in by_grid(scores, grids).items():
+        official, clean = pooled_records(own), pooled_records(own, clean=True)
+        parts = compare_sources(official), compare_sources(official, unit_of), compare_sources(clean)
+        found.append(Compared(grid, own, rules, *parts))
+    return found
 
 
 def write_comparison(
@@ -137,14 +171,18 @@ def write_comparison(
     configuration. Raises ContractError for scores by different rules.
     """
     scores = read_scores(score_jsons)
-    compared = compare(scores, specimens)
-    write_text(out_csv, as_csv(CSV_COLUMNS, _pair_records(compared)))
-    ranking = _ranking(compared, runs)
+    compared = compare(scores, specimens, grids_of(runs))
+    write_text(out_csv, as_csv(CSV_COLUMNS, [row for of_grid in compared for row in _pair_records(of_grid)]))
+    rankings = [_ranking(of_grid, runs) for of_grid in compared]
     columns = [column for column in RANKING_COLUMNS if column.name != "from 0 to 1"]
     names = [column.name.replace(" ", "_") for column in columns]
-    content = [{name: row[RANKING_COLUMNS.index(c)] for name, c in zip(names, columns, strict=True)} for row in ranking]
-    write_text(out_ranking, as_csv(names, content))
-    write_text(out_html, _page(compared, ranking, scores, runs, describe_folds(folds_csv)))
+    content = [
+        {"grid": of_grid.grid, **{name: row[RANKING_COLUMNS.index(c)] for name, c in zip(names, columns, strict=True)}}
+        for of_grid, ranking in zip(compared, rankings, strict=True)
+        for row in ranking
+    ]
+    write_text(out_ranking, as_csv(["grid", *names], content))
+    write_text(out_html, _page(compared, rankings, runs, describe_folds(folds_csv)))
 
 
 def _pair_records(compared: Compared) -> list[dict[str, str | float | None]]:
@@ -155,6 +193,7 @@ def _pair_records(compared: Compared) -> list[dict[str, str | float | None]]:
     )
     return [
         {
+            "grid": compared.grid,
             "rules": rules,
             "drawn": drawn,
             "units": each.units,
@@ -172,16 +211,15 @@ def _pair_records(compared: Compared) -> list[dict[str, str | float | None]]:
 
 
 def _ranking(compared: Compared, runs: Sequence[Run]) -> list[list[Content]]:
+    """Return the sources, the best first, with what they cost; that alone where no label was scored for all."""
     official = compared.official
     ranks, groups = official.ranks(), official.groups()
     rows: list[list[Content]] = []
-    for source in official.order:
-        own = [run for run in runs if source in (run.model, ENSEMBLE)]
-        entry, best = official.scores[source], official.scores[official.order[0]].score
-        networks = {run.model: int(run.metrics["parameters"]) for run in own}
-        rows.append(
-            [
-                source,
+    for source in official.order or dict.fromkeys(entry.source for entry in compared.scores):
+        scored: list[Content] = [None] * (len(RANKING_COLUMNS) - len(_COSTS) - 1)
+        if source in official.scores:
+            entry, best = official.scores[source], official.scores[official.order[0]].score
+            scored = [
                 *ranks[source],
                 groups[source],
                 entry.score,
@@ -189,6 +227,13 @@ def _ranking(compared: Compared, runs: Sequence[Run]) -> list[list[Content]]:
                 Bar(entry.score, entry.low, entry.high) if official.units > 1 else Bar(entry.score),
                 compared.clean.scores[source].score if source in compared.clean.scores else None,
                 best - entry.score,
+            ]
+        own = [run for run in runs if source in (run.model, ENSEMBLE)]
+        networks = {run.model: int(run.metrics["parameters"]) for run in own}
+        rows.append(
+            [
+                source,
+                *scored,
                 *summed_hours(own),
                 sum(int(run.metrics["steps"]) for run in own) if own else None,
                 len(own) if own else None,
@@ -199,55 +244,75 @@ def _ranking(compared: Compared, runs: Sequence[Run]) -> list[list[Content]]:
 
 
 def _page(
-    compared: Compared,
-    ranking: Sequence[Sequence[Content]],
-    scores: Sequence[Scores],
-    runs: Sequence[Run],
-    division: str,
+    compared: Sequence[Compared], rankings: Sequence[Sequence[Sequence[Content]]], runs: Sequence[Run], division: str
 ) -> str:
-    official = compared.official
-    if not official.scores:
-        return page("Comparison", [paragraph("Nothing to compare: no label of a crop was scored for every source.")])
-    parts = [
-        *(paragraph(text) for text in _introduction(compared, division)),
-        heading("Ranking, with what it cost"),
-        paragraph(_leader(official)),
-        table(RANKING_COLUMNS, ranking, name="ranking"),
-        *_unmeasured(runs),
-    ]
-    if official.differences:
-        parts += [heading("Every pair"), *_pairs(official, "pairs", CROPS)]
-        parts += _by_specimen(compared.specimens)
-        parts += _by_clean(compared)
-    parts += _gain(official, scores)
+    parts = [*map(paragraph, _introduction(compared, division))]
+    for of_grid, ranking in zip(compared, rankings, strict=True):
+        parts += _of_grid(of_grid, ranking, several=len(compared) > 1)
+    parts += _unmeasured(runs)
     parts += _budget(runs)
     return page("Comparison", parts)
 
 
-def _introduction(compared: Compared, division: str) -> list[str]:
-    official = compared.official
+def _of_grid(compared: Compared, ranking: Sequence[Sequence[Content]], *, several: bool) -> list[str]:
+    """Return the sections of one grid, which say so where there are several."""
+    official, where = compared.official, f", grid {compared.grid}" if several else ""
+    suffix = f"_{compared.grid}" if several else ""
+    sources = sorted({entry.source for entry in compared.scores})
+    parts = [heading(f"Ranking, with what it cost{where}")]
+    if official.scores:
+        parts += [paragraph(_scope(official)), paragraph(_leader(official))]
+    else:
+        said = f"no label of a crop was scored for all of {', '.join(sources)}" if sources else "nothing was scored"
+        parts.append(paragraph(f"Nothing to compare: {said}."))
+    parts += [table(RANKING_COLUMNS, ranking, name=f"ranking{suffix}")] if ranking else []
+    if official.differences:
+        parts += [heading(f"Every pair{where}"), *_pairs(official, f"pairs{suffix}", CROPS)]
+        parts += _by_specimen(compared.specimens, where, suffix)
+        parts += _by_clean(compared, where, suffix)
+    return [*parts, *_gain(compared, where, suffix)]
+
+
+def _introduction(compared: Sequence[Compared], division: str) -> list[str]:
+    several = (
+        [
+            "A class of a crop is answered by the models of one grid, the nearest to its voxels: models of different "
+            "grids are scored on different labels and do not compare. The ensemble has the answers of all, and is "
+            "compared with the models of each grid on theirs."
+        ]
+        if len(compared) > 1
+        else []
+    )
+    drawings = max((of_grid.official.resamples for of_grid in compared), default=0)
+    return [
+        f"Pooled over the folds that were trained. Validation: {division}. Scores are without unit; 1 is perfect. "
+        f"{rules_sentences([*dict.fromkeys(of_grid.rules for of_grid in compared if of_grid.rules), CLEAN])}",
+        *several,
+        "Intervals say how far a score, or a difference, moves with the choice of crops. Each of "
+        f"{drawings:,} drawings takes as many crops as there are, the same ones for every source: what makes "
+        "a crop hard for all cancels in a difference. Voxels and objects are pooled, so that a few large crops may "
+        "decide it: the interval of a difference is as wide as their number asks for, not that of all crops. Intervals "
+        "do not contain how far a score moves when a training is repeated with another seed, as each was trained once "
+        "per fold; a small difference that is shown here may "
+        "still be luck of that kind.",
+        f"'{SHOWN}': the difference holds among all pairs at once. "
+        f"'{SHOWN_ALONE}': only if one had asked for this pair and no other; among many pairs some seem to differ by "
+        f"chance. '{NOT_SHOWN}': a tie, 0 lies in the interval; it is no proof that both are the same. '{TOO_FEW}': "
+        f"fewer than {FEWEST_UNITS} crops (or specimens), of which chance alone may let one source win every one.",
+    ]
+
+
+def _scope(official: Comparison) -> str:
     left_out = (
         f" {counted(official.left_out, 'label')} that not every source has are left out." if official.left_out else ""
     )
     kinds = (
         f" Only {official.kinds[0]} classes occur; the score is the mean over them." if len(official.kinds) == 1 else ""
     )
-    return [
+    return (
         f"{counted(len(official.scores), 'source')} on the same {counted(official.crops, 'validation crop')}, "
-        f"{counted(official.labels, 'label')} in all, pooled over the folds that were trained.{left_out}{kinds} "
-        f"Validation: {division}. Scores are without unit; 1 is perfect. {rules_sentences([compared.rules, CLEAN])}",
-        "Intervals say how far a score, or a difference, moves with the choice of crops. Each of "
-        f"{official.resamples:,} drawings takes as many crops as there are, the same ones for every source: what makes "
-        "a crop hard for all cancels in a difference. Voxels and objects are pooled, so that a few large crops may "
-        "decide it: the interval of a difference is as wide as their number asks for, not that of all crops. Intervals "
-        "do not contain how far a score moves when a training is repeated with another seed, as each was trained once "
-        "per fold; a small difference that is shown here may "
-        "still be luck of that kind.",
-        f"'{SHOWN}': the difference holds among all {counted(len(official.differences), 'pair')} at once. "
-        f"'{SHOWN_ALONE}': only if one had asked for this pair and no other; among many pairs some seem to differ by "
-        f"chance. '{NOT_SHOWN}': a tie, 0 lies in the interval; it is no proof that both are the same. '{TOO_FEW}': "
-        f"fewer than {FEWEST_UNITS} crops (or specimens), of which chance alone may let one source win every one.",
-    ]
+        f"{counted(official.labels, 'label')} in all.{left_out}{kinds}"
+    )
 
 
 def _leader(official: Comparison) -> str:
@@ -285,22 +350,22 @@ def _pairs(part: Comparison, name: str, drawn: str) -> list[str]:
     ]
 
 
-def _by_specimen(part: Comparison) -> list[str]:
+def _by_specimen(part: Comparison, where: str, suffix: str) -> list[str]:
     text = (
         "Crops of one specimen share preparation, staining and contrast. Drawing whole specimens says what may be "
         "expected of specimens that nobody has seen, drawing crops what may be expected of other crops of these."
     )
     if part.units < FEWEST_UNITS:
         few = f"There {'is' if part.units == 1 else 'are'} {counted(part.units, 'specimen')}: too few to tell."
-        return [heading("Every pair, by specimen"), paragraph(f"{text} {few}")]
+        return [heading(f"Every pair, by specimen{where}"), paragraph(f"{text} {few}")]
     return [
-        heading("Every pair, by specimen"),
+        heading(f"Every pair, by specimen{where}"),
         paragraph(text),
-        folded(counted(len(part.differences), "pair"), _pairs(part, "pairs_specimens", SPECIMENS)),
+        folded(counted(len(part.differences), "pair"), _pairs(part, f"pairs_specimens{suffix}", SPECIMENS)),
     ]
 
 
-def _by_clean(compared: Compared) -> list[str]:
+def _by_clean(compared: Compared, where: str, suffix: str) -> list[str]:
     official = {frozenset((each.first, each.second)): each for each in compared.official.differences}
     turned = [
         f"{each.first} and {each.second}"
@@ -309,9 +374,9 @@ def _by_clean(compared: Compared) -> list[str]:
     ]
     said = f"The verdict is another one for {'; '.join(turned)}." if turned else "Every pair has the same verdict."
     return [
-        heading("Every pair, by the rules 'clean'"),
+        heading(f"Every pair, by the rules 'clean'{where}"),
         paragraph(f"The same without the official evaluator's artefacts. {said}"),
-        folded(counted(len(compared.clean.differences), "pair"), _pairs(compared.clean, "pairs_clean", CROPS)),
+        folded(counted(len(compared.clean.differences), "pair"), _pairs(compared.clean, f"pairs_clean{suffix}", CROPS)),
     ]
 
 
@@ -332,8 +397,9 @@ def _claim(each: Difference) -> tuple[str, str]:
     return each.verdict, each.first if each.verdict in (SHOWN, SHOWN_ALONE) else ""
 
 
-def _gain(official: Comparison, scores: Sequence[Scores]) -> list[str]:
+def _gain(compared: Compared, where: str, suffix: str) -> list[str]:
     """Return what the ensemble gains over each model, and over the best of them by class."""
+    official = compared.official
     models = [source for source in official.order if source != ENSEMBLE]
     if ENSEMBLE not in official.scores or not models:
         return []
@@ -355,7 +421,7 @@ def _gain(official: Comparison, scores: Sequence[Scores]) -> list[str]:
             ]
         )
     rows.sort(key=lambda row: models.index(str(row[0])))
-    records = pooled_records(scores)
+    records = pooled_records(compared.scores)
     by_class = class_differences(records[ENSEMBLE], records[models[0]])
     numbers = [
         Column("gain", "+.4f", "score of the ensemble less that of the model, on the same crops"),
@@ -366,8 +432,8 @@ def _gain(official: Comparison, scores: Sequence[Scores]) -> list[str]:
         Column(f"{end}, all pairs", "+.4f", "of the interval that holds for all pairs") for end in ("low", "high")
     ]
     return [
-        heading("What the ensemble gains"),
-        table([Column("over"), *numbers, *of_all, Column("verdict")], rows, name="gain"),
+        heading(f"What the ensemble gains{where}"),
+        table([Column("over"), *numbers, *of_all, Column("verdict")], rows, name=f"gain{suffix}"),
         paragraph(
             f"Over {models[0]}, the best single model, by class. Each class by itself: of twenty classes without any "
             "difference one seems to have one by chance."
@@ -384,7 +450,7 @@ def _gain(official: Comparison, scores: Sequence[Scores]) -> list[str]:
                 ]
                 for name in in_order(by_class)
             ],
-            name="gain_classes",
+            name=f"gain_classes{suffix}",
         ),
     ]
 

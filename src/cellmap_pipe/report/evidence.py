@@ -26,15 +26,28 @@ from cellmap_pipe.files import check_file, digest, file_digest, read_json
 from cellmap_pipe.prediction.processing import configured, read_tuned
 from cellmap_pipe.prepare.splits import read_folds
 from cellmap_pipe.prepare.store import Store
-from cellmap_pipe.report.comparison import pooled_records
+from cellmap_pipe.report.comparison import by_grid, pooled_records
 from cellmap_pipe.report.tables import OVERALL, Scores, read_csv, read_scores
 from cellmap_pipe.training.fingerprint import FINGERPRINT, fingerprint
+from cellmap_pipe.training.usage import NAME as USAGE
 
 Path = str | os.PathLike[str]
 Record = Mapping[str, Any]
 
 # Hex digits of a digest that the page shows; the JSON has them all.
 SHOWN = 16
+
+# Inputs that belong to no source, by what the page calls them: the data, and the tables that are made of all scores.
+_DATA = {
+    "crops": "crops",
+    "folds": "folds",
+    "quality": "quality",
+    "converted": "convert",
+    "ceilings": "ceiling",
+    "stores": "chunk",
+    "datalists": "datalist",
+}
+_TABLES = {"table": "scores", "crop_scores": "scores of crops", "ranking": "ranking", "comparison": "comparison"}
 
 # The numbers of a source and fold that a row of scores.csv begins with.
 _NUMBERS = ("score", "score_clean", "dice")
@@ -112,7 +125,7 @@ def git_state(folder: FilePath) -> dict[str, Any] | None:
 
 
 def collect(files: Mapping[str, Sequence[str]], settings: Mapping[str, Any], runs: FilePath) -> dict[str, Any]:
-    """Return files, crops, trainings, sources, submission and checks; see `write_provenance`."""
+    """Return files, data, crops, trainings, tables, sources, submission and checks; see `write_provenance`."""
     evidence = Evidence()
     for paths in files.values():
         for path in paths:
@@ -130,27 +143,31 @@ def collect(files: Mapping[str, Sequence[str]], settings: Mapping[str, Any], run
     made = {**predictions, **ensembles}
     _check_segmentations(segmentations, made, settings, evidence)
     _check_processing(segmentations, tuned, settings, evidence)
-    table_rows = {(row["source"], row["fold"], row["class"]): row for row in read_csv(files["table"][0])}
+    table_rows = {(row["source"], row["fold"], row["class"]): row for path in files["table"] for row in read_csv(path)}
     sources = {}
     for path in files["scores"]:
         scores = _json(path)
         key = (str(scores["model"]), str(scores["fold"]), "validation")
         entry = _source(key, path, scores, segmentations, made, tuned, trainings)
         _check_scores(entry["anchor"], scores, folds, table_rows, evidence)
-        _check_scored(entry["anchor"], scores, segmentations[key], evidence)
+        _check_used(entry["anchor"], "scored", scores, segmentations[key], evidence)
         sources[f"{key[0]}/fold{key[1]}"] = entry
-    _check_ranking(files, evidence)
+    grids = {str(training["model"]): str(training["grid"]) for training in trainings.values()}
+    _check_ranking(files, grids, evidence)
     return {
         "files": dict(sorted(evidence.files.items())),
+        "data": _named(_DATA, files),
         "crops": crops,
         "trainings": trainings,
+        "tables": _named(_TABLES, files),
         "sources": sources,
         "submission": _submission(files, segmentations, made, tuned, evidence),
         "checks": evidence.checks,
     }
 
 
-Made = dict[tuple[str, str, str], dict[str, Any]]
+Key = tuple[str, str, str]  # source, fold, subset
+Made = dict[Key, dict[str, Any]]
 
 
 def _json(path: Path) -> Any:
@@ -159,6 +176,23 @@ def _json(path: Path) -> Any:
 
 def _short(value: Any) -> str:
     return value[:SHOWN] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else str(value)
+
+
+def _named(names: Mapping[str, str], files: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Return the inputs of some kinds by what the page calls them."""
+    return {name: list(files.get(kind, ())) for kind, name in names.items()}
+
+
+def _about(key: Key) -> tuple[str, str]:
+    """Return the anchor of the section that something belongs to, and what its comparisons begin with there.
+
+    What was made of the volumes to segment is behind the submission alone, where that of several sources comes
+    together.
+    """
+    source, fold, subset = key
+    if subset == "test":
+        return "submission", f"{subset}, {source}/fold{fold}"
+    return anchor_of(source, fold), subset
 
 
 def _by_source(paths: Iterable[str]) -> Made:
@@ -235,7 +269,9 @@ def _trainings(
     evidence: Evidence,
 ) -> dict[str, Any]:
     """Return weights, fingerprint and what both come from of each training; compute each fingerprint again."""
-    weights = {os.path.normpath(FilePath(path).parent): path for path in files["weights"]}
+    weights, histories = (
+        {os.path.normpath(FilePath(path).parent): path for path in files[kind]} for kind in ("weights", "history")
+    )
     datalists = {
         (FilePath(path).parent.name, FilePath(path).stem.removeprefix("fold")): path for path in files["datalists"]
     }
@@ -245,11 +281,16 @@ def _trainings(
         metrics = _json(path)
         model, fold, grid = str(metrics["model"]), str(metrics["fold"]), str(metrics["grid"])
         used, datalist = settings["train"][model], datalists[grid, fold]
-        model_file = weights[os.path.normpath(FilePath(path).parent)]
+        folder = os.path.normpath(FilePath(path).parent)
+        model_file = weights[folder]
         lists = _json(datalist)
         sides = [[str(entry["crop"]) for entry in lists[side]] for side in ("training", "validation")]
         name = f"{model}/fold{fold}"
         of = f"train-{anchor_of(model, fold)}"
+        run = runs / model / f"fold{fold}"
+        usage = str(run / USAGE) if (run / USAGE).is_file() else None  # no output: a run directory may be gone
+        if usage:
+            evidence.sha256(usage)
         trainings[name] = {
             "anchor": of,
             "model": model,
@@ -258,6 +299,8 @@ def _trainings(
             "weights": model_file,
             "weights_sha256": evidence.sha256(model_file),
             "metrics": path,
+            "history": histories[folder],
+            "usage": usage,
             "fingerprint": metrics["fingerprint"],
             "settings_sha256": digest(used),
             "steps": metrics["steps"],
@@ -276,47 +319,46 @@ def _trainings(
         evidence.count(of, "crops of the datalist are on the side that their fold says", wrong, sum(map(len, sides)))
         where = "from settings, crops in the training store and code version"
         evidence.compare(of, "fingerprint of the training", metrics["fingerprint"], again, where)
-        run = runs / model / f"fold{fold}" / FINGERPRINT
-        if run.is_file():
-            evidence.compare(of, "fingerprint of the run directory", metrics["fingerprint"], _json(run)["fingerprint"])
+        if (run / FINGERPRINT).is_file():
+            found = _json(run / FINGERPRINT)["fingerprint"]
+            evidence.compare(of, "fingerprint of the run directory", metrics["fingerprint"], found)
     return trainings
 
 
 def _check_weights(predictions: Made, trainings: Mapping[str, Any], evidence: Evidence) -> None:
     """Compare the weights that predictions record with model.pt, and each array's own note with its record."""
-    for (model, fold, subset), entry in predictions.items():
-        training = trainings.get(f"{model}/fold{fold}")
-        of = anchor_of(model, fold)
+    for key, entry in predictions.items():
+        training = trainings.get(f"{key[0]}/fold{key[1]}")
+        of, whose = _about(key)
         for recorded in sorted(entry["weights"]):
             found = training["weights_sha256"] if training else "no training"
-            evidence.compare(of, f"weights of the {subset} predictions are those of model.pt", recorded, found)
-        _check_arrays(of, f"{subset} predictions", entry, evidence)
+            evidence.compare(of, f"{whose}: weights of the predictions are those of model.pt", recorded, found)
+        _check_arrays(key, "predictions", entry, evidence)
 
 
-def _check_arrays(of: str, what: str, entry: Mapping[str, Any], evidence: Evidence) -> None:
+def _check_arrays(key: Key, what: str, entry: Mapping[str, Any], evidence: Evidence) -> None:
     made = {name: record for name, record in entry["records"].items() if record["status"] == "ok"}
     faults = [
         f"{record['path']}: another fingerprint than recorded, or none"
         for record in made.values()
         if _notes_of(record["path"]).get("fingerprint") != record["fingerprint"]
     ]
-    evidence.count(of, f"{what}: arrays carry the recorded fingerprint", faults, len(made))
+    of, whose = _about(key)
+    evidence.count(of, f"{whose}: arrays of the {what} carry the recorded fingerprint", faults, len(made))
 
 
 def _check_ensembles(ensembles: Made, predictions: Made, evidence: Evidence) -> None:
     """Compute the fingerprint of each averaged volume again from its members."""
-    for (source, fold, subset), entry in ensembles.items():
-        of = anchor_of(source, fold)
-        members = {
-            f"{model}/fold{of_fold}": made for (model, of_fold, kind), made in predictions.items() if kind == subset
-        }
+    for key, entry in ensembles.items():
+        of, whose = _about(key)
+        members = _members(predictions, key[2])
         lost = [name for name in entry["members"] if name not in members]
-        evidence.count(of, f"{subset}: members of the ensemble are predicted", lost, len(entry["members"]))
+        evidence.count(of, f"{whose}: members of the ensemble are predicted", lost, len(entry["members"]))
         if lost:
             continue
         digests = sorted({sha for name in entry["members"] for sha in members[name]["weights"]})
         recorded = next(iter(entry["weights"]))
-        evidence.compare(of, f"{subset}: weights of the members", recorded, digest(digests))
+        evidence.compare(of, f"{whose}: weights of the members", recorded, digest(digests))
         faults, made = [], 0
         for name, record in entry["records"].items():
             if record["status"] != "ok":
@@ -332,14 +374,19 @@ def _check_ensembles(ensembles: Made, predictions: Made, evidence: Evidence) -> 
                 }
             )
             faults += [] if again == record["fingerprint"] else [name]
-        evidence.count(of, f"{subset}: fingerprints follow from the members' and their weights", faults, made)
-        _check_arrays(of, f"{subset} means", entry, evidence)
+        evidence.count(of, f"{whose}: fingerprints follow from the members' and their weights", faults, made)
+        _check_arrays(key, "means", entry, evidence)
+
+
+def _members(made: Made, subset: str) -> dict[str, dict[str, Any]]:
+    """Return what was made of a subset by the names that an ensemble's members have."""
+    return {f"{model}/fold{fold}": entry for (model, fold, kind), entry in made.items() if kind == subset}
 
 
 def _check_segmentations(segmentations: Made, made: Made, settings: Mapping[str, Any], evidence: Evidence) -> None:
     """Compute the fingerprint of each segmented volume again from its prediction and its processing."""
     for key, entry in segmentations.items():
-        of = anchor_of(*key[:2])
+        of, whose = _about(key)
         ready = {name: record for name, record in entry["records"].items() if record["status"] == "ok"}
         faults = []
         for name, record in ready.items():
@@ -357,13 +404,13 @@ def _check_segmentations(segmentations: Made, made: Made, settings: Mapping[str,
             )
             faults += [] if again == record["fingerprint"] else [name]
         evidence.count(
-            of, f"{key[2]}: segmentations follow from the predictions and their processing", faults, len(ready)
+            of, f"{whose}: segmentations follow from the predictions and their processing", faults, len(ready)
         )
-        _check_arrays(of, f"{key[2]} segmentations", entry, evidence)
+        _check_arrays(key, "segmentations", entry, evidence)
 
 
 def _source(
-    key: tuple[str, str, str],
+    key: Key,
     path: str,
     scores: Mapping[str, Any],
     segmentations: Made,
@@ -405,7 +452,8 @@ def _check_processing(
     segmentations: Made, tuned: Mapping[str, str], settings: Mapping[str, Any], evidence: Evidence
 ) -> None:
     """Compare how each volume was processed with what tuning found and the settings say."""
-    for (source, fold, subset), entry in segmentations.items():
+    for key, entry in segmentations.items():
+        source = key[0]
         found = read_tuned(tuned[source]) if source in tuned else None
         ready = {name: record for name, record in entry["records"].items() if record["status"] == "ok"}
         faults = []
@@ -422,8 +470,8 @@ def _check_processing(
                 if any(used[key] not in (value, None) for key, value in expected[name].items())
             ]
             faults += [volume] if differing or record["repair"] != repaired else []
-        what = f"{subset}: processing is that of the settings and of tuning"
-        evidence.count(anchor_of(source, fold), what, faults, len(ready))
+        of, whose = _about(key)
+        evidence.count(of, f"{whose}: processing is that of the settings and of tuning", faults, len(ready))
 
 
 def _check_scores(
@@ -467,26 +515,30 @@ def _check_scores(
     evidence.count(of, "scored crops are validation crops of this fold", outside, len(crops))
 
 
-def _check_scored(of: str, scores: Mapping[str, Any], segments: Mapping[str, Any], evidence: Evidence) -> None:
-    """Compare the segmentations that were scored with those that are there; older scores do not name them."""
-    scored = scores.get("segmentations")
-    if scored is None:
+def _check_used(of: str, how: str, content: Record, segments: Mapping[str, Any], evidence: Evidence) -> None:
+    """Compare the segmentations that were scored or packed with those that are there; older files do not name them."""
+    used = content.get("segmentations")
+    if used is None:
         return
     there = {name: record["fingerprint"] for name, record in segments["records"].items()}
-    names = sorted({*scored, *there})
-    faults = [name for name in names if name not in scored or name not in there or scored[name] != there[name]]
-    evidence.count(of, "the segmentations that were scored are those that are there", faults, len(names))
+    names = sorted({*used, *there})
+    faults = [name for name in names if name not in used or name not in there or used[name] != there[name]]
+    evidence.count(of, f"the segmentations that were {how} are those that are there", faults, len(names))
 
 
-def _check_ranking(files: Mapping[str, Sequence[str]], evidence: Evidence) -> None:
-    """Compute the score of each source over all folds again and compare it with ranking.csv."""
-    scores = read_scores(files["scores"])
-    found = {row["source"]: row["score"] for path in files.get("ranking", ()) for row in read_csv(path)}
-    again = compare_sources(pooled_records(scores), n=1).scores
-    for source, entry in again.items() if found else ():
-        of = anchor_of(source, next(each.fold for each in scores if each.source == source))
-        what = "score in ranking.csv is that of the records of all folds"
-        evidence.compare(of, what, found.get(source, "no row"), _text(entry.score))
+def _check_ranking(files: Mapping[str, Sequence[str]], grids: Mapping[str, str], evidence: Evidence) -> None:
+    """Compute the score of each source over all folds again and compare it with ranking.csv. grids: by model."""
+    rows = [row for path in files.get("ranking", ()) for row in read_csv(path)]
+    if not rows:
+        return
+    found = {(row["grid"], row["source"]): row["score"] for row in rows}
+    for grid, scores in by_grid(read_scores(files["scores"]), grids).items():
+        compared = compare_sources(pooled_records(scores), n=1).scores
+        for source in sorted({each.source for each in scores}):
+            of = anchor_of(source, next(each.fold for each in scores if each.source == source))
+            what = "score in ranking.csv is that of the records of all folds"
+            again = _text(compared[source].score if source in compared else None)
+            evidence.compare(of, what, found.get((grid, source), "no row"), again, f"among the sources of grid {grid}")
 
 
 def _text(value: float | None) -> str:
@@ -508,16 +560,27 @@ def _submission(
     report = _json(report_json)
     evidence.compare("submission", "digest of the archive", report["sha256"], evidence.sha256(archive))
     key = next(found for found in segmentations if found[2] == "test")
+    _check_used("submission", "packed", report, segmentations[key], evidence)
+    forecast, truth_scores = (next(iter(files.get(kind, ())), None) for kind in ("forecast", "truth_scores"))
+    if truth_scores:
+        what = "the archive that was scored against the truth is the one that is there"
+        scored = _json(truth_scores)["digests"]["submission"]
+        evidence.compare("submission", what, scored, evidence.sha256(archive))
+    predictions = _members(made, key[2])
+    members = list(made[key]["members"])
     return {
         "anchor": "submission",
         "archive": archive,
         "sha256": report["sha256"],
         "rules": report["rules"],
         "checks": report_json,
+        "forecast": forecast,
+        "truth_scores": truth_scores,
         "segmentation": segmentations[key]["files"],
         "tuned": tuned.get(key[0]),
         "predictions": made[key]["files"],
-        "members": list(made[key]["members"]),
+        "members": members,
+        "member_predictions": [path for name in members if name in predictions for path in predictions[name]["files"]],
         "volumes": {
             name: {
                 "prediction": made[key]["records"].get(name, {}).get("fingerprint"),

@@ -7,16 +7,18 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cellmap_pipe.classes import CLASSES
 from cellmap_pipe.colours import SERIES, colour_of
-from cellmap_pipe.evaluation.paired import compare_sources
+from cellmap_pipe.evaluation.challenge import aggregate
+from cellmap_pipe.evaluation.paired import Comparison, compare_sources, kinds_score, shared_records
 from cellmap_pipe.report.canvas import drawing, write_message
 from cellmap_pipe.report.ceiling import read_ceilings
-from cellmap_pipe.report.comparison import VERDICTS_SHOWN, pooled_records
-from cellmap_pipe.report.tables import ENSEMBLE, Scores, grid_ceiling, read_metrics, read_scores
+from cellmap_pipe.report.comparison import VERDICTS_SHOWN, by_grid, pooled_records
+from cellmap_pipe.report.tables import ENSEMBLE, Record, Scores, grid_ceiling, in_order, read_metrics, read_scores
 from cellmap_pipe.report.training import Run, equal_budget, read_runs
 from cellmap_pipe.report.versions import rules_name
 from cellmap_pipe.training.alarms import MOST_WAITING
@@ -205,34 +207,46 @@ def budgets(runs: Sequence[Run], out: Path) -> None:
         figure.legend(*by_steps.get_legend_handles_labels(), loc="outside right upper")
 
 
-def differences(score_jsons: Sequence[Path], out: Path) -> None:
+def differences(score_jsons: Sequence[Path], out: Path, *, grids: Mapping[str, str] | None = None) -> None:
     """Draw how far every source is behind the best one, with both intervals of the difference, by the official rules.
 
-    Ties are grey: 0, the best source's own line, lies in their interval.
+    Ties are grey: 0, the best source's own line, lies in their interval. grids: by model; each has a panel, for models
+    of different grids are scored on different labels.
     """
-    comparison = compare_sources(pooled_records(read_scores(score_jsons)))
-    if not comparison.differences:
+    compared = {
+        grid: comparison
+        for grid, scores in by_grid(read_scores(score_jsons), grids or {}).items()
+        if (comparison := compare_sources(pooled_records(scores))).differences
+    }
+    if not compared:
         write_message(out, "Nothing to compare: two sources must be scored on the same crops.")
         return
+    heights = [1.0 + len(comparison.scores) for comparison in compared.values()]
+    with drawing(out, (8.5, 1.0 + 0.6 * len(compared) + 0.32 * (sum(heights) - len(heights)))) as figure:
+        panels = figure.subplots(len(compared), squeeze=False, height_ratios=heights)[:, 0]
+        for axes, (grid, comparison) in zip(panels, compared.items(), strict=True):
+            _draw_differences(axes, comparison)
+            axes.set_title(f"grid {grid}" if len(compared) > 1 else "")
+        figure.suptitle("95 % intervals: thick of one pair, thin of all pairs at once", fontweight="bold", fontsize=10)
+
+
+def _draw_differences(axes: Axes, comparison: Comparison) -> None:
     best = comparison.order[0]
     behind = [each for each in comparison.differences if each.first == best]
     rows = np.arange(1, len(behind) + 1)
-    with drawing(out, (8.5, 1.6 + 0.32 * (len(behind) + 1))) as figure:
-        axes = figure.subplots()
-        axes.axvline(0, color="black", linewidth=1.0)
-        axes.plot(0, 0, marker="D", markersize=6, color="black")
-        for row, each in zip(rows, behind, strict=True):
-            colour = VERDICTS_SHOWN[each.verdict]
-            axes.hlines(row, -each.high_all, -each.low_all, color=colour, linewidth=1.2)
-            axes.hlines(row, -each.high, -each.low, color=colour, linewidth=4.5)
-            axes.plot(-each.difference, row, marker="|", markersize=13, markeredgewidth=2, color="black")
-        axes.set_yticks([0, *rows], [best, *(f"{each.second}\n{each.verdict}" for each in behind)], fontsize=8)
-        axes.set_ylim(len(behind) + 0.5, -0.5)
-        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.set_xlabel(f"overall score less that of {best} on the same {comparison.crops} crops (no unit)")
-        axes.set_ylabel("source")
-        axes.set_title("95 % intervals: thick of one pair, thin of all pairs at once")
+    axes.axvline(0, color="black", linewidth=1.0)
+    axes.plot(0, 0, marker="D", markersize=6, color="black")
+    for row, each in zip(rows, behind, strict=True):
+        colour = VERDICTS_SHOWN[each.verdict]
+        axes.hlines(row, -each.high_all, -each.low_all, color=colour, linewidth=1.2)
+        axes.hlines(row, -each.high, -each.low, color=colour, linewidth=4.5)
+        axes.plot(-each.difference, row, marker="|", markersize=13, markeredgewidth=2, color="black")
+    axes.set_yticks([0, *rows], [best, *(f"{each.second}\n{each.verdict}" for each in behind)], fontsize=8)
+    axes.set_ylim(len(behind) + 0.5, -0.5)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(f"overall score less that of {best} on the same {comparison.crops} crops (no unit)")
+    axes.set_ylabel("source")
 
 
 def _by_source(score_jsons: Sequence[Path]) -> dict[str, list[Scores]]:
@@ -397,71 +411,81 @@ def _score_maps(
     figure.colorbar(picture, ax=panels, label="score (no unit)", shrink=0.6)
 
 
-def ensemble_gain(score_jsons: Sequence[Path], out: Path) -> None:
-    """Draw the ensemble against each single model: the overall challenge score and mean Dice, then Dice per class.
+def ensemble_gain(score_jsons: Sequence[Path], out: Path, *, grids: Mapping[str, str] | None = None) -> None:
+    """Draw the ensemble against each single model, by the official rules: the overall score, then that of each class.
 
-    Several folds are averaged, over those that all sources have, so that each is measured on the same crops.
+    Pooled over the labels of crops that all were scored on, those of the page of comparisons. grids: by model; each has
+    a panel, for models of different grids are scored on different labels.
     """
-    sources = _by_source(score_jsons)
-    singles = {source: entries for source, entries in sources.items() if source != ENSEMBLE}
-    if ENSEMBLE not in sources or not singles:
-        write_message(out, "Nothing to compare: the ensemble and at least one model must be scored.")
+    scores = read_scores(score_jsons)
+    panels = {}
+    for grid, own in by_grid(scores, grids or {}).items():
+        shared = shared_records(pooled_records(own))
+        if ENSEMBLE in shared and len(shared) > 1 and shared[ENSEMBLE]:
+            panels[grid] = shared
+    if not panels:
+        write_message(out, "Nothing to compare: the ensemble and a model must be scored on the same crops.")
         return
-    folds = set.intersection(*({entry.fold for entry in entries} for entries in sources.values()))
-    if not folds:
-        write_message(out, "Nothing to compare: no fold is scored for the ensemble and every model.")
-        return
-    shared = {source: [entry for entry in entries if entry.fold in folds] for source, entries in sources.items()}
-    occurring = {
-        name
-        for entries in shared.values()
-        for entry in entries
-        for name, value in entry.dice.items()
-        if value is not None
-    }
-    classes = [name for name in _scored_classes(shared) if name in occurring]
-    labels = ["challenge score", "mean Dice", *classes]
-    values = {
-        source: [
-            _mean([entry.overall() for entry in entries]),
-            _mean([entry.mean_dice for entry in entries]),
-            *(_mean([entry.dice.get(name) for entry in entries]) for name in classes),
-        ]
-        for source, entries in shared.items()
-    }
+    drawn = {grid: {source: _gain_rows(found) for source, found in shared.items()} for grid, shared in panels.items()}
+    heights = [len(of_source[ENSEMBLE]) + 2.0 for of_source in drawn.values()]
+    colours = _series(list(dict.fromkeys(source for of_source in drawn.values() for source in of_source)))
+    rules = rules_name(*(str(entry.content["rules"]) for entry in scores))
+    with drawing(out, (8.0, 0.9 + 0.27 * sum(heights))) as figure:
+        handles: dict[str, Artist] = {}
+        all_axes = figure.subplots(len(drawn), squeeze=False, height_ratios=heights)[:, 0]
+        for axes, (grid, of_source) in zip(all_axes, drawn.items(), strict=True):
+            _draw_gain(axes, of_source, colours)
+            axes.set_xlabel(f"score, rules {rules} (no unit)")
+            axes.set_title(f"grid {grid}" if len(drawn) > 1 else "")
+            found, names = axes.get_legend_handles_labels()
+            handles |= dict(zip(names, found, strict=True))
+        figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=4)
+
+
+def _gain_rows(records: Sequence[Record]) -> dict[str, float]:
+    """Return the overall score of records and that of each class, by name."""
+    by_class = aggregate(records)["label_scores"]
+    overall = kinds_score(records)
+    rows = {"overall": float("nan") if overall is None else overall}
+    for name in in_order(by_class):
+        entry = by_class[name]
+        rows[name] = float(entry["iou"] if "iou" in entry else entry["combined_score"])
+    return rows
+
+
+def _draw_gain(axes: Axes, of_source: Mapping[str, Mapping[str, float]], colours: Mapping[str, str]) -> None:
+    labels = list(of_source[ENSEMBLE])
+    values = {source: np.array([found[label] for label in labels]) for source, found in of_source.items()}
+    singles = [source for source in values if source != ENSEMBLE]
     rows = np.arange(len(labels))
-    colours = _series(list(singles))
-    with drawing(out, (8.0, 1.5 + 0.27 * len(labels))) as figure:
-        axes = figure.subplots()
-        spread = np.array([values[source] for source in singles])
-        axes.hlines(rows, np.fmin.reduce(spread), np.fmax.reduce(spread), color="#bbbbbb", linewidth=1.2)
-        for index, source in enumerate(singles):
-            axes.plot(
-                values[source],
-                rows,
-                linestyle="none",
-                marker=_MARKERS[index % len(_MARKERS)],
-                markersize=6,
-                markerfacecolor="none",
-                markeredgewidth=1.4,
-                color=colours[source],
-                label=source,
-            )
+    spread = np.array([values[source] for source in singles])
+    axes.hlines(rows, np.fmin.reduce(spread), np.fmax.reduce(spread), color="#bbbbbb", linewidth=1.2)
+    for source in singles:
+        marker = _MARKERS[list(colours).index(source) % len(_MARKERS)]
         axes.plot(
-            values[ENSEMBLE],
+            values[source],
             rows,
             linestyle="none",
-            marker="|",
-            markersize=15,
-            markeredgewidth=3,
-            color="black",
-            label=ENSEMBLE,
+            marker=marker,
+            markersize=6,
+            markerfacecolor="none",
+            markeredgewidth=1.4,
+            color=colours[source],
+            label=source,
         )
-        axes.axhline(1.5, color="#999999", linewidth=0.8)
-        axes.set_yticks(rows, labels)
-        axes.set_ylim(len(labels) - 0.5, -0.5)
-        axes.set_xlim(0, 1)
-        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-        axes.set_xlabel(f"overall score, rules {_rules(sources)}, or Dice (no unit)")
-        axes.set_ylabel("overall, then Dice of each class")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    axes.plot(
+        values[ENSEMBLE],
+        rows,
+        linestyle="none",
+        marker="|",
+        markersize=15,
+        markeredgewidth=3,
+        color="black",
+        label=ENSEMBLE,
+    )
+    axes.axhline(0.5, color="#999999", linewidth=0.8)
+    axes.set_yticks(rows, labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_ylabel("overall, then each class")

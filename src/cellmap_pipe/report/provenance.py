@@ -41,17 +41,19 @@ def write_provenance(
 ) -> None:
     """Write what every number of the report was made of as JSON and as a page, and whether it is still there.
 
-    inputs: files by kind, one or several: crops, folds, table (scores.csv), ranking (ranking.csv), quality, converted,
-    stores (index.json of the training stores), datalists, metrics, weights, predictions, ensembles, tuned,
-    segmentations, scores and, where there is one, submission (report.json) and archive (the zip). What each is about is
-    read from it. settings: the resolved settings by stage. repository: a folder of the code, for its commit. runs:
-    folder of the run directories.
+    inputs: files by kind, one or several: crops, folds, table (scores.csv), crop_scores (crop_scores.csv), ranking
+    (ranking.csv), comparison (comparison.csv), quality, converted, ceilings, stores (index.json of the training
+    stores), datalists, metrics, weights, history, predictions, ensembles, tuned, segmentations, scores and, where there
+    is a submission, submission (report.json), archive (the zip), forecast and truth_scores (scores.json). What each is
+    about is read from it. settings: the resolved settings by stage. repository: a folder of the code, for its commit.
+    runs: folder of the run directories, whose fingerprints and usage.csv are read where they are there.
 
     Compared are: scores with their records, with scores.csv and ranking.csv; crops that were scored or trained on with
-    the folds; segmentations with those that were scored, and their processing with what tuning found; the fingerprint
-    of each segmentation and each ensemble with what it is computed from; recorded weights with the SHA-256 of model.pt;
-    the fingerprint of each training with its settings, crops and code version; each array's own fingerprint, and files
-    of data by size (`snakemake verify` reads them through). A difference is no error: the page says it in red.
+    the folds; segmentations with those that were scored or packed, and their processing with what tuning found; the
+    archive with the one that was checked, and scored against the truth; the fingerprint of each segmentation and each
+    ensemble with what it is computed from; recorded weights with the SHA-256 of model.pt; the fingerprint of each
+    training with its settings, crops and code version; each array's own fingerprint, and files of data by size
+    (`snakemake verify` reads them through). A difference is no error: the page says it in red.
     Raises ContractError for a JSON file that cannot be read.
     """
     files = {
@@ -79,24 +81,29 @@ def _digested(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _page(content: Mapping[str, Any]) -> str:
     """Return the page of what `write_provenance` collected."""
     evidence = Evidence(files=dict(content["files"]), checks=list(content["checks"]))
+    scored = (
+        "Every score of the report is made of the records behind scores.csv, which has a row for each source and fold. "
+        "Its chain stands below under the same names (address: provenance.html#SOURCE-foldFOLD): the scores, the "
+        "segmentations that were scored, the predictions, the weights, the training, the data. "
+    )
     by_source: dict[str, list[str]] = {}
     for name, entry in content["sources"].items():
         by_source.setdefault(name.rsplit("/fold", 1)[0], []).append(entry["anchor"])
     parts = [
         *_verdict(evidence),
         paragraph(
-            "Every score of the report is made of the records behind scores.csv, which has a row for each source and "
-            "fold. Its chain stands below under "
-            "the same names (address: provenance.html#SOURCE-foldFOLD): the scores, the segmentations that were "
-            "scored, the predictions, the weights, the training, the data. Digests are SHA-256, of which the first "
-            f"{SHOWN} digits are shown; provenance.json has all of them, and all settings."
+            (scored if by_source else "Nothing was scored: no fold that was trained has validation crops. ")
+            + f"Digests are SHA-256, of which the first {SHOWN} digits are shown; provenance.json has all of them, and "
+            "all settings."
         ),
         paragraph(
             "A fingerprint is a hash of everything that determines a result, the fingerprint of what it was made from "
             "among it: those of trainings, ensembles and segmentations were computed again for this page, and all "
             "scores from their records. Not read were the voxels: converted files and training stores were compared by "
             "size, which `snakemake verify` reads through; arrays of predictions and segmentations by the fingerprint "
-            "that they carry. A training's own numbers (metrics.json, history.csv) are taken as they are."
+            "that they carry. Listed by their digests and not computed again are a training's own numbers "
+            "(metrics.json, history.csv, usage.csv), ceilings, scores of crops, comparisons of pairs, the submission's "
+            "forecast and its scores against the truth."
         ),
         _links(by_source, content["submission"]),
         heading("Code"),
@@ -115,8 +122,8 @@ def _page(content: Mapping[str, Any]) -> str:
             ],
             name="settings",
         ),
-        heading("Scores"),
     ]
+    parts += [heading("Scores"), _file_table("tables", content["tables"], evidence)] if by_source else []
     for source, anchors in by_source.items():
         if len(anchors) > 1:
             parts += [
@@ -197,6 +204,11 @@ def _file_rows(stage: str, paths: Iterable[str | None], evidence: Evidence) -> l
     return [[stage, path, str(evidence.files[os.path.normpath(path)]["sha256"])[:SHOWN]] for path in known]
 
 
+def _file_table(name: str, files: Mapping[str, Sequence[str]], evidence: Evidence) -> str:
+    rows = [row for stage, paths in files.items() for row in _file_rows(stage, paths, evidence)]
+    return table(_CHAIN_COLUMNS, rows, name=name)
+
+
 def _check_table(anchor: str, evidence: Evidence) -> str:
     rows: list[list[Content]] = [
         [
@@ -217,9 +229,12 @@ def _chain(
     rows = _file_rows("scores", [entry.get("scores")], evidence)
     rows += _file_rows("archive", [entry.get("archive")], evidence)
     rows += _file_rows("flight check", [entry.get("checks")], evidence)
+    rows += _file_rows("forecast", [entry.get("forecast")], evidence)
+    rows += _file_rows("scores against the truth", [entry.get("truth_scores")], evidence)
     rows += _file_rows("segmentation", entry["segmentation"], evidence)
     rows += _file_rows("post-processing", [entry["tuned"]], evidence)
     rows += _file_rows("ensemble" if entry["members"] else "prediction", entry["predictions"], evidence)
+    rows += _file_rows("prediction", entry.get("member_predictions", ()), evidence)
     rows += _file_rows("weights", [trainings[training]["weights"] for training in used], evidence)
     links = ", ".join(
         f'<a href="#{escape(str(trainings[training]["anchor"]), quote=True)}">{escape(training)}</a>'
@@ -246,6 +261,8 @@ def _training(name: str, training: Mapping[str, Any], evidence: Evidence) -> lis
     rows: list[list[Content]] = [
         *_file_rows("weights", [training["weights"]], evidence),
         *_file_rows("metrics", [training["metrics"]], evidence),
+        *_file_rows("history", [training["history"]], evidence),
+        *_file_rows("usage", [training["usage"]], evidence),
         *_file_rows("datalist", [training["datalist"]], evidence),
         *_file_rows("training store", [training["store"]], evidence),
         ["settings", f"train, {training['model']} (provenance.json)", training["settings_sha256"][:SHOWN]],
@@ -287,15 +304,9 @@ def _data(content: Mapping[str, Any], evidence: Evidence) -> list[str]:
         for grid, found in entry["grids"].items()
     ]
     fetched = [paragraph(f"Digest of what was fetched: {content['fetched']}")] if content["fetched"] else []
-    chained = {"scores", "segment", "predict", "ensemble", "train", "tune"}
-    others = [path for path in content["files"] if FilePath(path).parts[1:2] and FilePath(path).parts[1] not in chained]
     return [
         *fetched,
         _check_table("data", evidence),
-        table(
-            _CHAIN_COLUMNS,
-            [row for path in others for row in _file_rows(FilePath(path).parts[1], [path], evidence)],
-            name="files",
-        ),
+        _file_table("files", content["data"], evidence),
         table(columns, rows, name="crops"),
     ]

@@ -2,6 +2,7 @@
 
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import zarr
+from matplotlib.axes import Axes
 
 from cellmap_pipe.classes import CLASSES
 from cellmap_pipe.evaluation.container import MASK_ARRAY
@@ -38,25 +40,44 @@ _PANEL = 512
 # Inches that all panels of a row share in the predictions.
 _ROW_INCH = 11.0
 
+# Sources that are drawn side by side, at most.
+_MOST_SOURCES = 4
+
+# Letters in a line, and in all, of what is written into or below a panel.
+_LINE, _LONGEST = 26, 130
+
 
 @dataclass(frozen=True)
 class _Source:
-    """One source of one fold: its scores, and its segmented crops by name with the folder that paths start from."""
+    """One source of one fold: its scores, and its crops' records by name with the folder that paths start from."""
 
     scores: Scores
-    segments: dict[str, Mapping[str, Any]]
+    records: dict[str, Mapping[str, Any]]
     folder: FilePath
+
+    def has(self, crop: str) -> bool:
+        """Return whether the crop was segmented."""
+        return crop in self.records and self.records[crop]["status"] == "ok"
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a source answers in the plane of a crop: masks (y, x), and in words what it does not, and why."""
+
+    masks: dict[str, np.ndarray]
+    segmented: bool
+    note: str
 
 
 @dataclass(frozen=True)
 class _Example:
-    """One crop to show: its plane's EM (y, x), masks of the truth and of every source, and what is written below."""
+    """One crop to show: its plane's EM (y, x), masks of the truth, every source's answer, and what is written below."""
 
     title: str
     image: np.ndarray
     truth: dict[str, np.ndarray]
     known: np.ndarray
-    answers: list[dict[str, np.ndarray]]
+    answers: list[_Answer]
     voxel_nm: tuple[float, float]
 
 
@@ -74,21 +95,26 @@ def predictions(
     score_jsons, segment_jsons: `scores/{source}/fold{k}.json` and the validation segmentation that it scored, of the
     same sources in the same order. Crops are ranked by the mean Dice of the ensemble (or else of the best source) over
     the classes that occur; up to `examples` of either end are shown, at their own voxel size and middle z plane. Of
-    more than four sources only the ensemble and the best three are drawn.
+    more than four sources only that one and three others are drawn: those that segmented most of these crops, and of
+    them the best. Where a source did not segment a crop, its cause stands in the panel; where it left classes that are
+    drawn to another grid, these are named below.
     """
     sources = [
-        _Source(scores, segmented(path), FilePath(path).parent)
+        _Source(scores, _records(path), FilePath(path).parent)
         for scores, path in zip(read_scores(score_jsons), segment_jsons, strict=True)
     ]
-    shown = sorted(sources, key=lambda source: (source.scores.source != ENSEMBLE, -(source.scores.mean_dice or 0)))[:4]
+    sources.sort(key=lambda source: (source.scores.source != ENSEMBLE, -(source.scores.mean_dice or 0)))
     crops = {row["crop"]: row for row in read_csv(crops_csv)}
-    ranked = _ranked(shown[0], set(crops)) if shown else []
+    ranked = _ranked(sources[0], set(crops)) if sources else []
     if not ranked:
         write_message(out, "No validation crop was scored.")
         return
     places = list(range(len(ranked)))
     if len(ranked) > 2 * examples:
         places = [*places[:examples], *places[-examples:]]
+    names = [ranked[place][0] for place in places]
+    others = sorted(sources[1:], key=lambda source: -sum(map(source.has, names)))
+    shown = [sources[0], *others[: _MOST_SOURCES - 1]]
     drawn = [_example(ranked[place], _place(place, len(ranked)), crops, shown, FilePath(data_root)) for place in places]
     titles = ["EM", "Truth", *(f"{source.scores.source}, fold {source.scores.fold}" for source in shown)]
     heights = [_panel_height(example, _ROW_INCH / len(titles)) for example in drawn]
@@ -100,16 +126,34 @@ def predictions(
         for row, example in zip(panels, drawn, strict=True):
             show_plane(row[0], example.image, example.voxel_nm)
             show_plane(row[1], overlaid(example.image, example.truth, example.known), example.voxel_nm)
-            for axes, masks in zip(row[2:], example.answers, strict=True):
-                show_plane(axes, overlaid(example.image, masks), example.voxel_nm)
+            for axes, answer in zip(row[2:], example.answers, strict=True):
+                _show_answer(axes, answer, example)
             row[0].set_xlabel(example.title, fontsize=8, loc="left")
-        class_legend(figure, _seen([masks for example in drawn for masks in (example.truth, *example.answers)]))
+        planes = [masks for example in drawn for masks in (example.truth, *(each.masks for each in example.answers))]
+        class_legend(figure, _seen(planes))
 
 
 def segmented(segment_json: Path) -> dict[str, Mapping[str, Any]]:
     """Return the records of the volumes that were segmented, by name. Raises ContractError for an unreadable file."""
-    records = read_json(segment_json, "run `snakemake -R segment`")["records"]
-    return {str(record["name"]): record for record in records if record["status"] == "ok"}
+    return {name: record for name, record in _records(segment_json).items() if record["status"] == "ok"}
+
+
+def _records(segment_json: Path) -> dict[str, Mapping[str, Any]]:
+    """Return the records of all volumes by name, whether they were segmented or not."""
+    return {str(record["name"]): record for record in read_json(segment_json, "run `snakemake -R segment`")["records"]}
+
+
+def _show_answer(axes: Axes, answer: _Answer, example: _Example) -> None:
+    """Draw an answer over EM with its note below it; where there is none, the note over dimmed EM."""
+    note = textwrap.fill(textwrap.shorten(answer.note, _LONGEST, placeholder=" ..."), _LINE)
+    if answer.segmented:
+        show_plane(axes, overlaid(example.image, answer.masks), example.voxel_nm)
+        axes.set_xlabel(note, fontsize=7, loc="left")
+        return
+    show_plane(axes, overlaid(example.image, {}, np.zeros(example.image.shape, bool)), example.voxel_nm)
+    shade = {"boxstyle": "square,pad=0.3", "facecolor": "black", "alpha": 0.6, "linewidth": 0}
+    text = axes.text(0.5, 0.5, note, transform=axes.transAxes, ha="center", va="center", fontsize=7, bbox=shade)
+    text.set_color("white")
 
 
 def _seen(planes: Sequence[Mapping[str, np.ndarray]]) -> list[str]:
@@ -134,7 +178,7 @@ def _ranked(source: _Source, listed: set[str]) -> list[tuple[str, float]]:
     """Return the crops that can be drawn with their mean Dice, best first; equal ones by name."""
     dice: dict[str, list[float]] = {}
     for record in source.scores.content["records"]:
-        if record["dice"] is not None and record["crop"] in listed and record["crop"] in source.segments:
+        if record["dice"] is not None and record["crop"] in listed and source.has(record["crop"]):
             dice.setdefault(record["crop"], []).append(float(record["dice"]))
     means = {crop: fmean(values) for crop, values in dice.items()}
     return sorted(means.items(), key=lambda item: (-item[1], item[0]))
@@ -149,7 +193,7 @@ def _example(
 ) -> _Example:
     name, dice = ranked
     crop, lead = crops[name], sources[0]
-    target = Lattice.from_dict(lead.segments[name]["target"])
+    target = Lattice.from_dict(lead.records[name]["target"])
     middle = target.shape[0] // 2
     step = thinned(max(target.shape[1:]), _PANEL)
     plane = target.window((middle, 0, 0), (1, *target.shape[1:]))
@@ -160,16 +204,21 @@ def _example(
         em_plane(data_root / crop["em"], plane, step),
         truth,
         known,
-        [_answer_plane(source, name, annotated, middle, step) for source in sources],
+        [_answer(source, name, annotated, middle, step) for source in sources],
         (target.voxel_nm[1] * step, target.voxel_nm[2] * step),
     )
 
 
-def _answer_plane(source: _Source, crop: str, annotated: Sequence[str], z: int, step: int) -> dict[str, np.ndarray]:
-    """Return the masks (y, x) of the classes that a source segmented in plane `z` of a crop, {} if it did not."""
-    if crop not in source.segments:
-        return {}
-    return answer_plane(source.folder / source.segments[crop]["path"], annotated, z, step)
+def _answer(source: _Source, crop: str, annotated: Sequence[str], z: int, step: int) -> _Answer:
+    """Return what a source answers of the annotated classes in plane `z` of a crop."""
+    record = source.records.get(crop)
+    if record is None or not source.has(crop):
+        return _Answer({}, False, f"not segmented: {record['cause']}" if record else "not segmented: not predicted")
+    elsewhere = record.get("elsewhere", [])  # records of earlier versions do not say
+    asked = [name for name in annotated if name not in elsewhere]
+    left = [name for name in annotated if name in elsewhere]
+    masks = answer_plane(source.folder / record["path"], asked, z, step)
+    return _Answer(masks, True, f"left to another grid: {', '.join(left)}" if left else "")
 
 
 def em_plane(em: FilePath, plane: Lattice, step: int) -> np.ndarray:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path as FilePath
-from typing import Any
 
 from cellmap_pipe.colours import colour_of
 from cellmap_pipe.errors import ContractError
@@ -22,6 +21,8 @@ Path = str | os.PathLike[str]
 
 # Words of a class's note, the gravest first; the colours of the quality check's verdicts, with the word beside them.
 _GRAVE, _MILD, _FINE = "#D55E00", "#E69F00", "#009E73"
+
+_VALIDATED = "crops by which trainings on this grid choose their weights: of the grids it is nearest to their labels"
 
 _REMEDY = "delete it and run `snakemake -R folds`"
 
@@ -54,51 +55,64 @@ def write_splits(
     run: Sequence[str],
     group: str,
     margin_nm: float,
+    n: int,
+    seed: int,
     specimens: Mapping[str, str] = {},
-    **settings: Any,
+    datasplit: str | None = None,
 ) -> None:
     """Write the page of the folds: crops, classes, datasets and specimens of both sides, and how far apart they are.
 
     quality_csvs: `quality/{grid}/crops.csv` by grid; crops with verdict keep are used. datalist_jsons: the datalists
-    that networks are trained on. classes: those that are learned; run: the folds that are trained. group, margin_nm,
-    specimens: see `prepare.splits.write_folds`; further settings of it (n, seed) are shown.
+    that networks are trained on, `{grid}/fold{k}.json`; they say what a fold is validated on. classes: those that are
+    learned; run: the folds that are trained. The others are settings of `prepare.splits.write_folds`; with `datasplit`,
+    n, seed and group decided nothing and are not shown.
     Raises ContractError, naming the crops, for a leak: crops on both sides of a datalist, or crops of different sides
     that share voxels.
     """
     division = _read(crops_csv, folds_csv, specimens)
-    _refuse_leaks(division, FilePath(folds_csv), datalist_jsons)
-    shown = {"n": settings.get("n"), "seed": settings.get("seed"), "group": group, "margin_nm": f"{margin_nm:g}"}
-    values = ", ".join(f"folds.{key} = {value}" for key, value in shown.items() if value is not None)
+    validated = _validated(datalist_jsons)
+    _refuse_leaks(division, FilePath(folds_csv))
+    deciding = {"datasplit": datasplit} if datasplit else {"n": n, "seed": seed, "group": group}
+    values = ", ".join(f"folds.{key} = {value}" for key, value in (*deciding.items(), ("margin_nm", f"{margin_nm:g}")))
+    origin = (
+        f"Folds are those of {datasplit} (folds.datasplit): its validation crops are fold 0, its training crops are "
+        "always in training, crops that it does not name are in neither. They are the same for every grid and verdict"
+        if datasplit
+        else "Folds follow from the list of crops and the seed alone, never from grid or verdict"
+    )
     parts = [
         paragraph(f"{describe_folds(folds_csv)}. Settings: {values}; trained: {', '.join(run) or 'none'}."),
         paragraph(
-            "Folds follow from the list of crops and the seed alone, never from grid or verdict, so that models on "
-            "different grids agree on what is validation. A network of fold k is validated on the crops of fold k and "
-            "trained on all others. The fold 'all' trains on every crop and validates on none. Click on a column's "
-            "head to sort; hover over it for its meaning."
+            f"{origin}, so that models on different grids agree on what is validation. A network of fold k is "
+            "validated on the crops of fold k and trained on all others. Of several grids, each is validated on those "
+            "crops of the fold alone to whose labels it is the nearest. The fold 'all' trains on every crop and "
+            "validates on none. Click on a column's head to sort; hover over it for its meaning."
         ),
         paragraph(
             "Leaks: none. No crop stands on both sides of a datalist, and no crops of different folds share voxels; "
             "this page is not made otherwise."
         ),
         heading("Distances between the sides"),
-        *_distances(division, margin_nm, group),
+        *_distances(division, margin_nm, kept_together=group == "crop" and not datasplit),
         heading("Datasets and specimens"),
         table(*_datasets(division), name="datasets"),
-        paragraph(_specimen_sentence(division)),
+        paragraph(_specimen_sentence(division, datasplit)),
     ]
+    shared = len(quality_csvs) > 1
     for grid, path in quality_csvs.items():
         rows = {row["crop"]: row for row in read_crops(os.fspath(path)) if row["crop"] in division.fold}
+        here = {fold: validated[grid, str(fold)] for fold in division.folds if str(fold) in run}
         parts += [
             heading(f"Crops of each fold on the grid {grid}"),
-            table(*_sizes(division, rows), name=f"sizes_{grid}"),
+            table(*_sizes(division, rows, here, shared=shared), name=f"sizes_{grid}"),
             heading(f"Classes of each fold on the grid {grid}"),
             paragraph(
                 "Crops in use (verdict keep) in which the class is present, on the validation side and on the training "
                 "side of each fold. A class that is absent everywhere on one side is either not learned there or not "
                 "measured."
+                + (" A class is measured by the crops that are validated here, on this grid." if shared else "")
             ),
-            table(*_classes(division, rows, classes, run), name=f"classes_{grid}"),
+            table(*_classes(division, rows, classes, here, shared=shared), name=f"classes_{grid}"),
         ]
     parts += [heading("Fold of every crop"), table(*_crops(division, quality_csvs), name="crops")]
     write_text(out_html, page("Folds", parts))
@@ -120,16 +134,23 @@ def _read(crops_csv: Path, folds_csv: Path, specimens: Mapping[str, str]) -> _Di
     )
 
 
-def _refuse_leaks(division: _Division, folds_csv: FilePath, datalist_jsons: Sequence[Path]) -> None:
-    for path in datalist_jsons:
+def _validated(datalist_jsons: Sequence[Path]) -> dict[tuple[str, str], set[str]]:
+    """Return the crops of the validation side by grid and fold. Raises ContractError for a crop on both sides."""
+    result = {}
+    for path in map(FilePath, datalist_jsons):
         datalist = read_json(path, "run `snakemake -R datalist`")
-        sides = ({str(entry["crop"]) for entry in datalist[side]} for side in ("training", "validation"))
-        both = sorted(set.intersection(*sides))
+        training, validation = ({str(entry["crop"]) for entry in datalist[side]} for side in ("training", "validation"))
+        both = sorted(training & validation)
         if both:
             raise ContractError(
                 f"{path}: leak: {both[0]} is in training and in validation ({len(both)} such crops); run `snakemake -R "
                 "datalist`, and train anew what was trained on it"
             )
+        result[path.parent.name, path.stem.removeprefix("fold")] = validation
+    return result
+
+
+def _refuse_leaks(division: _Division, folds_csv: FilePath) -> None:
     pairs = [
         (first, second)
         for first, second in combinations(sorted(division.crops), 2)
@@ -143,8 +164,11 @@ def _refuse_leaks(division: _Division, folds_csv: FilePath, datalist_jsons: Sequ
         )
 
 
-def _distances(division: _Division, margin_nm: float, group: str) -> list[str]:
-    """Return the table of the nearest pair of crops of different folds in each dataset, and what it says."""
+def _distances(division: _Division, margin_nm: float, *, kept_together: bool) -> list[str]:
+    """Return the table of the nearest pair of crops of different folds in each dataset, and what it says.
+
+    kept_together: whether the folds were made so that crops closer than the margin are in one.
+    """
     by_dataset: dict[str, list[Crop]] = {}
     for crop in division.crops.values():
         by_dataset.setdefault(crop.dataset, []).append(crop)
@@ -180,7 +204,7 @@ def _distances(division: _Division, margin_nm: float, group: str) -> list[str]:
         "measured there is not independent of what was trained on."
         if close
         else f"Within every dataset, crops of different folds are at least {margin_nm:g} nm apart"
-        + (", the margin below which neighbours stay together." if group == "crop" else ".")
+        + (", the margin below which neighbours stay together." if kept_together else ".")
     )
     return [paragraph(warning), table(columns, rows, name="distances")]
 
@@ -213,7 +237,7 @@ def _fold_word(fold: int) -> str:
     return "always in training" if fold == ALWAYS_TRAINING else f"fold {fold}"
 
 
-def _specimen_sentence(division: _Division) -> str:
+def _specimen_sentence(division: _Division, datasplit: str | None) -> str:
     """Return which specimens are on both sides, which is what a validation estimates."""
     folds: dict[str, set[int]] = {}
     for crop, fold in division.fold.items():
@@ -224,16 +248,20 @@ def _specimen_sentence(division: _Division) -> str:
     return (
         f"{len(shared)} of {len(folds)} specimens are on both sides of a fold ({', '.join(shared)}): there a "
         "validation estimates the score on new crops of known specimens, not on a new specimen "
-        "(folds.group: specimen would)."
+        f"(folds.group: specimen would{', without folds.datasplit' if datasplit else ''})."
     )
 
 
-def _sizes(division: _Division, rows: Mapping[str, Mapping[str, str]]) -> tuple[list[Column], list[list[Content]]]:
+def _sizes(
+    division: _Division, rows: Mapping[str, Mapping[str, str]], validated: Mapping[int, set[str]], *, shared: bool
+) -> tuple[list[Column], list[list[Content]]]:
+    """Return columns and rows: what each side of each fold has on one grid. validated, shared: as in `_classes`."""
     columns = [
         Column("fold"),
         Column("side"),
         Column("crops", "d"),
         Column("in use", "d", "with verdict keep"),
+        *([Column("validated here", "d", _VALIDATED)] if shared else []),
         Column("groups", "d", "crops that stay together count as one"),
         Column("datasets", "d"),
         Column("specimens", "d"),
@@ -245,12 +273,14 @@ def _sizes(division: _Division, rows: Mapping[str, Mapping[str, str]]) -> tuple[
         for side in ("validation", "training"):
             names = [name for name in division.fold if division.side(name, fold) == side]
             used = [name for name in names if rows.get(name, {}).get("verdict") == "keep"]
+            here = len(validated[fold]) if side == "validation" and fold in validated else None
             lines.append(
                 [
                     f"{fold}",
                     side,
                     len(names),
                     len(used),
+                    *([here] if shared else []),
                     len({division.group[name] for name in used}),
                     len({division.crops[name].dataset for name in used}),
                     len({division.specimen[name] for name in used}),
@@ -269,9 +299,18 @@ def _volume_um3(row: Mapping[str, str]) -> float:
 
 
 def _classes(
-    division: _Division, rows: Mapping[str, Mapping[str, str]], classes: Sequence[str], run: Sequence[str]
+    division: _Division,
+    rows: Mapping[str, Mapping[str, str]],
+    classes: Sequence[str],
+    validated: Mapping[int, set[str]],
+    *,
+    shared: bool,
 ) -> tuple[list[Column], list[list[Content]]]:
-    """Return columns and rows: crops in use in which each class is present, on both sides of each fold."""
+    """Return columns and rows: crops in use in which each class is present, on both sides of each fold.
+
+    validated: the crops that each fold that is trained is validated on, on this grid; where several grids share
+    (`shared`) the crops of the folds, they have a column of their own.
+    """
     used = [name for name in division.fold if rows.get(name, {}).get("verdict") == "keep"]
     present = {name: set(rows[name]["present_classes"].split(";")) for name in used}
     annotated = {name: set(division.crops[name].annotated) for name in used}
@@ -283,6 +322,7 @@ def _classes(
     for fold in division.folds:
         columns += [
             Column(f"fold {fold} validation", "d", "crops in which the class is present"),
+            *([Column(f"fold {fold} validated here", "d", _VALIDATED)] if shared and fold in validated else []),
             Column(f"fold {fold} training", "d", "crops in which the class is present"),
         ]
     columns.append(Column("note"))
@@ -295,10 +335,13 @@ def _classes(
         for fold in division.folds:
             validation = sum(division.fold[crop] == fold for crop in having)
             training = len(having) - validation
-            counts += [validation, training]
-            if str(fold) in run:
+            counts.append(validation)
+            if fold in validated:
+                here = sum(crop in validated[fold] for crop in having)
+                counts += [here] if shared else []
                 notes += [f"fold {fold} never sees it in training"] if having and not training else []
-                notes += [f"fold {fold} cannot measure it"] if having and not validation else []
+                notes += [f"fold {fold} cannot measure it"] if having and not here else []
+            counts.append(training)
         if not having:
             notes = ["present in no crop in use"]
         grave = any("training" in note or "no crop" in note for note in notes)

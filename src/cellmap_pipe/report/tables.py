@@ -394,7 +394,7 @@ def _scores_page(
     class_columns = [column for column in SCORE_COLUMNS if column.name not in _OF_WHOLE_RUNS]
     # where there are several folds the best of their means: the best of single folds would be that of the easiest one
     whole = [row for row in overall if row["fold"] == "mean"] or overall
-    best = max(whole, key=lambda row: float(row["score"] or 0), default=None)
+    best = _best(scores, whole)
     parts = [
         paragraph(
             "Every number is measured on validation crops that the model never saw in training. All are without unit; "
@@ -412,9 +412,10 @@ def _scores_page(
         table(
             overall_columns,
             [[row[column.name] for column in overall_columns] for row in overall],
-            strong=[overall.index(best)] if best else [],
+            strong=[overall.index(row) for row in best],
             name="overall",
         ),
+        *(paragraph(text) for text in _overall_notes(scores, emphasised=bool(best))),
     ]
     failed = [[f"{entry.source}, fold {entry.fold}", line] for entry in scores for line in entry.content["failed"]]
     if failed:
@@ -465,6 +466,44 @@ def _scores_page(
             *_crop_tables(by_crop, rules),
         ]
     return page("Scores", parts)
+
+
+def _best(scores: Sequence[Scores], rows: Sequence[ScoreRow]) -> list[ScoreRow]:
+    """Return the best of those rows whose sources are scored on the same labels of crops, of each such group."""
+    labels: dict[str, set[tuple[str, str, str]]] = {}
+    for entry in scores:
+        labels.setdefault(entry.source, set()).update((entry.fold, *pair) for pair in entry.pairs)
+    groups: dict[frozenset[tuple[str, str, str]], list[ScoreRow]] = {}
+    for row in rows:
+        groups.setdefault(frozenset(labels[str(row["source"])]), []).append(row)
+    found = []
+    for group in groups.values():
+        best = max(group, key=lambda row: float(row["score"] or 0))
+        if best["score"] and (len(group) > 1 or len(groups) == 1):
+            found.append(best)
+    return found
+
+
+def _overall_notes(scores: Sequence[Scores], *, emphasised: bool) -> list[str]:
+    """Return what has to be known before overall scores are compared."""
+    notes = ["Bold: the best of the sources that are scored on the same labels of crops."] if emphasised else []
+    left: dict[str, int] = {}
+    for entry in scores:
+        left[entry.source] = left.get(entry.source, 0) + len(entry.content.get("not_served", ()))
+    if any(left.values()):
+        told = ", ".join(f"{source} {number}" for source, number in left.items() if number)
+        notes.append(
+            "Scores of models of different grids do not compare: each answers what its grid is the nearest for. Crops "
+            f"or labels of crops that were left to another grid: {told}."
+        )
+    kinds = {key for entry in scores for found in entry.content["aggregate"]["label_scores"].values() for key in found}
+    lacking = [kind for kind, key in (("instance", "combined_score"), ("semantic", "iou")) if key not in kinds]
+    if scores and len(lacking) == 1:
+        notes.append(
+            f"No {lacking[0]} class occurs: the challenge's overall score, a geometric mean of both kinds, is 0 then "
+            "for every source. The comparison of models ranks by the kind that occurs."
+        )
+    return notes
 
 
 def differing_columns(rules: str) -> list[Column]:

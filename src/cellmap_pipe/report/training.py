@@ -205,6 +205,9 @@ def equal_budget(runs: Sequence[Run]) -> Budget:
         return Budget(validated, steps, None, "the hours of no run were measured from the start")
     if len({run.on_gpu for run in measured}) > 1 or measured[0].on_gpu is None:
         return Budget(validated, steps, None, "some ran on GPUs and some did not, whose hours do not compare")
+    devices = sorted({line.device for run in measured for line in run.usage})
+    if len(devices) > 1:
+        return Budget(validated, steps, None, f"they ran on {', '.join(devices)}, whose hours do not compare")
     ends = [found[0] for run in measured if (found := run.hours_at(run.validations()[0][-1:])) is not None]
     return Budget(validated, steps, float(min(ends)), note)
 
