@@ -26,6 +26,7 @@ from training_case import (
     SETTINGS,
     finish,
     flattened,
+    in_ranks,
     start,
     start_ranks,
     wait_for_step,
@@ -45,7 +46,7 @@ from cellmap_pipe.training.alarms import ENOUGH_PATCHES, Alarms
 from cellmap_pipe.training.expand import Expander
 from cellmap_pipe.training.fingerprint import fingerprint
 from cellmap_pipe.training.inference import load_model
-from cellmap_pipe.training.loop import Process, StoppedError, StopRequest, Training
+from cellmap_pipe.training.loop import Process, StoppedError, StopRequest, Training, mean_over_ranks
 from cellmap_pipe.training.main import choose_device, fold_crops, run_training
 from cellmap_pipe.training.optimisation import learning_rate, update_average
 from cellmap_pipe.training.record import Progress
@@ -241,6 +242,27 @@ def test_torchrun_saves_on_sigterm_and_any_ranks_go_on(root: Path) -> None:
     assert finish(start(request)) == [0], log(request)
     assert "ran on 2 processes and goes on with 1" in log(request)
     assert read_json(request["outputs"]["metrics"])["steps"] == 24
+
+
+def save_means(environment: dict[str, str], path: str) -> None:
+    os.environ.update(environment)
+    torch.distributed.init_process_group("gloo")
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    losses = torch.rand(world, 50, generator=torch.Generator().manual_seed(0))
+    together = mean_over_ranks(losses[rank], world)
+    alone = torch.cat([mean_over_ranks(loss, world) for loss in losses[rank].split(1)])
+    if not rank:
+        torch.save([losses, together, alone], path)
+    torch.distributed.barrier()
+
+
+def test_mean_loss_over_ranks_does_not_depend_on_what_is_collected_with_it(tmp_path: Path) -> None:
+    # as many ranks as a sum of floats needs to depend on their order
+    path = tmp_path / "means.pt"
+    assert finish(*in_ranks(4, save_means, str(path))) == [0] * 4
+    losses, together, alone = torch.load(path, weights_only=True)
+    assert torch.equal(together, alone)
+    torch.testing.assert_close(alone, losses.mean(0))
 
 
 def test_finished_training_is_published_again_without_training(root: Path, whole: Request) -> None:

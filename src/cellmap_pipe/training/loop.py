@@ -6,6 +6,7 @@ is in the checkpoint, and the order of additions is the same after every start.
 
 import contextlib
 import copy
+import functools
 import logging
 import math
 import time
@@ -383,10 +384,7 @@ class Training:
         """
         if not self._pending:
             return
-        losses = torch.stack(self._pending)
-        if self.process.world > 1:
-            dist.all_reduce(losses)
-            losses /= self.process.world
+        losses = mean_over_ranks(torch.stack(self._pending), self.process.world)
         first = self.progress.step - len(self._pending) + 1
         self._pending = []
         for step, loss in enumerate(losses.tolist(), first):
@@ -588,6 +586,19 @@ class Training:
                 "only %.0f %% of what a patch shows is annotated: smaller patches or fewer classes would learn faster",
                 100 * share,
             )
+
+
+def mean_over_ranks(values: Tensor, world: int) -> Tensor:
+    """Return the mean of each of the values over the ranks, whatever stands beside it in the vector.
+
+    An all-reduce adds the ranks in an order that depends on an element's place, and how many losses are collected
+    together depends on the clock.
+    """
+    if world == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(world)]
+    dist.all_gather(parts, values)
+    return functools.reduce(torch.add, parts) / world
 
 
 def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
