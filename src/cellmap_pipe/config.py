@@ -25,11 +25,11 @@ from cellmap_pipe.training.zoo import check_network, check_patch, with_architect
 # Raise a stage's number whenever its code gives other results than before: library code triggers no rerun by itself.
 RESULT_VERSIONS: dict[str, int] = {
     "phantom": 2,
-    "crops": 2,
+    "crops": 3,
     "convert": 2,
     "quality": 3,
     "ceiling": 2,
-    "folds": 2,
+    "folds": 3,
     "datalist": 2,
     "nnunet": 1,
     "chunk": 5,
@@ -43,7 +43,7 @@ RESULT_VERSIONS: dict[str, int] = {
     "segment": 3,
     "evaluate": 4,
     "submission": 4,
-    "report": 7,
+    "report": 8,
 }
 
 NATIVE = "native"
@@ -82,6 +82,7 @@ class Folds:
     margin_nm: float
     specimens: Mapping[str, str]
     datasplit: str | None = None
+    keep: str | None = None
 
     @property
     def validated(self) -> tuple[str, ...]:
@@ -535,10 +536,18 @@ def _check(values: Mapping[str, Any], sources: _Sources, known: Sequence[str], o
             )
         )
     made_later = values["data"].get("phantom") is not None
+    given = [("folds", "datasplit"), *(() if made_later else (("data", "crops"), ("data", "volumes")))]
+    if keep := values["folds"].get("keep"):
+        if values["folds"].get("datasplit"):
+            faults.append(Fault(("folds", "keep"), "is set beside folds.datasplit; set one of them to null"))
+        if Path(keep).resolve() == Path("results/folds.csv").resolve():
+            faults.append(Fault(("folds", "keep"), f"'{keep}' is the table that this run makes; give a copy of it"))
+        else:
+            given.append(("folds", "keep"))
     faults += [
         Fault(key, f"'{path}' does not exist (looked in {Path.cwd()}); correct the path or set it to null")
-        for key in (("data", "crops"), ("data", "volumes"), ("folds", "datasplit"))
-        if (path := values[key[0]].get(key[1])) and not made_later and not Path(path).is_file()
+        for key in given
+        if (path := values[key[0]].get(key[1])) and not Path(path).is_file()
     ]
     if truth := values["data"].get("truth"):
         if not values["data"].get("volumes"):

@@ -16,7 +16,9 @@ import yaml
 from cellmap_pipe.config import load_config
 from cellmap_pipe.errors import BudgetError, GeometryError
 from cellmap_pipe.geometry import Lattice
+from cellmap_pipe.prepare.crops import write_crops
 from cellmap_pipe.prepare.plan import check_budget, grown_box, plan_crop, target_lattice
+from cellmap_pipe.prepare.splits import crops_with_boxes, group_crops, read_folds, write_folds
 
 ROOT = Path(__file__).parents[2]
 MANIFEST = ROOT / ".." / "shared" / "data" / "manifests" / "train_crop_manifest.csv"
@@ -176,3 +178,28 @@ def test_the_default_budget_leaves_every_crop_a_grid(crops):
         assert fits, crop
     print(f"{budget} GB per crop: {dict(kept)} of 289, { ({grid: f'{n / 1e9:.0f} GB' for grid, n in stored.items()}) }")
     assert max(stored.values()) < 60e9  # a training's job asks for 96 GB
+
+
+def test_crops_that_are_only_listed_are_divided_as_if_on_disk_and_keep_their_folds_when_the_list_changes(tmp_path):
+    (tmp_path / "data").mkdir()
+    data = {"root": str(tmp_path / "data"), "labels_path": "gt", "em_path": "em"}
+
+    def divided(crops_csv, **keep):
+        write_crops({**data, "crops": str(crops_csv)}, tmp_path / "crops.csv")
+        write_folds(tmp_path / "crops.csv", tmp_path / "folds.csv", n=5, seed=0, group="crop", margin_nm=1000, **keep)
+        return read_folds(tmp_path / "folds.csv")
+
+    whole = divided(MANIFEST)
+    listed = crops_with_boxes(tmp_path / "crops.csv")
+    assert len(whole) == 289 and all(crop.box and crop.listed for crop in listed)
+    neighbours = group_crops(listed, "crop", 1000)
+    assert len(set(neighbours.values())) < 289
+    assert all(whole[crop] == whole[first] for crop, first in neighbours.items())
+    lines = MANIFEST.read_text().splitlines(keepends=True)
+    shorter = tmp_path / "shorter.csv"
+    shorter.write_text("".join(line for line in lines if not line.startswith("234,")))
+    assert len(divided(shorter)) == 288
+    (tmp_path / "folds.csv").rename(tmp_path / "kept.csv")
+    kept = read_folds(tmp_path / "kept.csv")
+    again = divided(MANIFEST, keep=tmp_path / "kept.csv")
+    assert len(again) == 289 and kept.items() <= again.items()

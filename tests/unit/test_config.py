@@ -106,6 +106,11 @@ def test_reading_the_configuration_imports_nothing_slow():
         ("data: {volumes: nowhere.csv}", "extra.yaml: data.volumes 'nowhere.csv' does not exist"),
         ("data: {crops: nowhere.csv}", "extra.yaml: data.crops 'nowhere.csv' does not exist"),
         ("folds: {datasplit: nowhere.csv}", "extra.yaml: folds.datasplit 'nowhere.csv' does not exist"),
+        ("folds: {keep: nowhere.csv}", "extra.yaml: folds.keep 'nowhere.csv' does not exist"),
+        (
+            "folds: {keep: ./results/folds.csv}",
+            "folds.keep './results/folds.csv' is the table that this run makes; give",
+        ),
         (
             "overrides: {swinunetr: {network: SwinUNET}}",
             "extra.yaml: network 'SwinUNET' is unknown; did you mean SwinUNETR?",

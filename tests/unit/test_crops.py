@@ -37,6 +37,7 @@ def test_the_table_has_a_row_per_crop_with_its_geometry(data, tmp_path):
         "em": "jrc_a/jrc_a.zarr/em",
         "labels": "jrc_a/jrc_a.zarr/gt/crop9",
         "annotated": "ecs;pm",
+        "listed": "",
         "masks": "",
         "voxel_nm": "4;4;4",
         "translation_nm": "-2;-2;0.5",
@@ -80,6 +81,36 @@ def test_a_listed_crop_that_is_not_on_disk_is_kept_with_its_problem(data, tmp_pa
     write_crops(data, tmp_path / "crops.csv")
     problems = {row["crop"]: row["problem"] for row in read_crops(tmp_path / "crops.csv")}
     assert problems["jrc_a/crop9"] == "" and "no such crop folder" in problems["jrc_a/crop77"]
+
+
+def test_a_listed_crop_that_is_not_on_disk_has_the_classes_and_the_box_of_the_list(data, tmp_path):
+    columns = ("crop_name", "dataset", "class_label", "voxel_size", "translation", "shape")
+    data["crops"] = table(
+        tmp_path / "m.csv",
+        columns,
+        ("9", "jrc_a", "nuc", "[2;2;2]", "[1;1;1]", "[8;8;8]"),
+        ("77", "jrc_a", "nuc", "[16;16;16]", "[8;8;8]", "[5;6;7]"),
+        ("77", "jrc_a", "ecs", "[4;4;4]", "[100;2;2.5]", "[20;24;28]"),
+        ("77", "jrc_a", "no_class", "", "", ""),
+        ("78", "jrc_a", "pm", "", "", ""),
+    )
+    write_crops(data, tmp_path / "crops.csv")
+    rows = {row["crop"]: row for row in read_crops(tmp_path / "crops.csv")}
+    shown = {name: [row[key] for key in ("annotated", "listed", "voxel_nm", "shape")] for name, row in rows.items()}
+    assert shown == {
+        "jrc_a/crop9": ["ecs;pm", "nuc", "4;4;4", "4;4;4"],  # its box is that of the disk
+        "jrc_a/crop77": ["", "ecs;nuc", "4;4;4", "20;24;28"],
+        "jrc_a/crop78": ["", "pm", "", ""],
+    }
+    assert rows["jrc_a/crop77"]["translation_nm"] == "100;2;2.5"
+
+
+def test_geometry_of_a_list_that_is_not_understood_is_told_with_its_line(data, tmp_path):
+    columns = ("crop", "class_label", "voxel_size", "translation", "shape")
+    for cells in (("[a;4;4]", "[0;0;0]", "[9;9;9]"), ("[4;4]", "[0;0;0]", "[9;9;9]"), ("[4;4;4]", "", "")):
+        data["crops"] = table(tmp_path / "m.csv", columns, ("jrc_a/crop9", "pm", *cells))
+        with pytest.raises(ConfigError, match=r"data\.crops .*m\.csv: line 2: "):
+            write_crops(data, tmp_path / "crops.csv")
 
 
 def test_missing_metadata_and_missing_em_are_told_without_stopping_the_others(data, tmp_path):

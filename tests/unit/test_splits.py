@@ -6,6 +6,7 @@ import logging
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from cellmap_pipe.prepare.splits import (
     assign_folds,
     describe_folds,
     group_crops,
+    near,
     read_folds,
     write_folds,
 )
@@ -33,11 +35,12 @@ def box(lower, shape=(10, 10, 10), voxel=(10.0, 10.0, 10.0)):
 
 def write_crops_csv(path, crops):
     with path.open("w", newline="") as stream:
-        columns = "crop dataset em labels annotated voxel_nm translation_nm shape problem".split()
+        columns = "crop dataset em labels annotated listed voxel_nm translation_nm shape problem".split()
         writer = csv.DictWriter(stream, columns, restval="")
         writer.writeheader()
         for crop in crops:
             row = {"crop": crop.name, "dataset": crop.dataset, "annotated": ";".join(crop.annotated)}
+            row["listed"] = ";".join(crop.listed)
             if crop.box:
                 for key in ("voxel_nm", "translation_nm", "shape"):
                     row[key] = ";".join(f"{v:.10g}" for v in getattr(crop.box, key))
@@ -178,6 +181,100 @@ def test_fold_table_holds_every_crop_also_those_that_cannot_be_read(tmp_path):
     assert (tmp_path / "folds.csv").read_bytes() == first
     assert first.splitlines()[0] == b"crop,group,fold,grouped_by"
     assert {row["grouped_by"] for row in read_crops(tmp_path / "folds.csv")} == {"crop"}
+
+
+def table_of_folds(path, crops, margin_nm=0.0, **settings):
+    write_folds(write_crops_csv(path / "crops.csv", crops), path / "folds.csv", n=3, margin_nm=margin_nm, **settings)
+    return read_folds(path / "folds.csv")
+
+
+def test_folds_go_by_what_is_listed_and_not_by_what_of_it_is_on_disk(tmp_path):
+    classes = [("pm",), ("nuc",), ("pm", "er"), ("er",), ("nuc", "mito"), ("mito",), ("pm",), ("er", "nuc")]
+    crops = [Crop(f"a/crop{i}", "a", c, box([0, 0, 900.0 * (i // 2)]), listed=c) for i, c in enumerate(classes)]
+    whole = table_of_folds(tmp_path, crops, seed=0, group="crop", margin_nm=200)
+    fetched = [crop._replace(annotated=crop.annotated[: i % 2]) for i, crop in enumerate(crops)]
+    assert table_of_folds(tmp_path, fetched, seed=0, group="crop", margin_nm=200) == whole
+    unlisted = [crop._replace(listed=()) for crop in fetched]
+    assert table_of_folds(tmp_path, unlisted, seed=0, group="crop", margin_nm=200) != whole
+
+
+@SETTINGS
+@given(crop_lists, st.integers(0, 3), st.data())
+def test_crops_of_an_earlier_table_keep_their_folds_and_groups_stay_whole(tmp_path_factory, crops, seed, data):
+    folder = tmp_path_factory.mktemp("folds")
+    names = [crop.name for crop in crops]
+    old = data.draw(st.sets(st.sampled_from(names), min_size=3))
+    gone = data.draw(st.sets(st.sampled_from(names), max_size=3))
+    margin_nm = data.draw(st.sampled_from([0.0, 30.0, 60.0]))
+    settings = {"seed": seed, "group": "crop", "margin_nm": margin_nm}
+    try:
+        earlier = table_of_folds(folder, [crop for crop in crops if crop.name in old], **settings)
+        (folder / "folds.csv").rename(folder / "kept.csv")
+        now = [crop for crop in crops if crop.name not in gone]
+        folds = table_of_folds(folder, now, **settings, keep=folder / "kept.csv")
+    except ConfigError as error:  # too few groups, or nothing of the earlier table
+        assert "at least 2 folds" in str(error) or "stay together" in str(error) or "names none" in str(error)
+        return
+    assert {crop: fold for crop, fold in folds.items() if crop in earlier} == {
+        crop: fold for crop, fold in earlier.items() if crop not in gone
+    }
+    for first, second in itertools.combinations([crop for crop in now if crop.name in folds], 2):
+        assert not near(first, second, margin_nm) or folds[first.name] == folds[second.name]
+    # who is left out would link what is apart
+    groups = group_crops(now, "crop", margin_nm)
+    for crop in now:
+        met = {folds[name] for name in folds if groups[name] == groups[crop.name] and name in earlier}
+        assert (crop.name in folds) == (crop.name in earlier or len(met) < 2)
+
+
+def test_without_an_earlier_table_a_new_crop_moves_others(tmp_path):
+    # what folds.keep is for
+    numbers = np.random.default_rng(0)
+    names = ["pm", "mito", "nuc", "er", "ves"]
+    crops = [
+        Crop(f"a/crop{i}", "a", tuple(np.array(names)[numbers.random(5) < 0.4]), box([0, 0, 9000.0 * i]))
+        for i in range(30)
+    ]
+    before = table_of_folds(tmp_path, crops[:-1], seed=0, group="crop")
+    (tmp_path / "folds.csv").rename(tmp_path / "kept.csv")
+    after = table_of_folds(tmp_path, crops, seed=0, group="crop")
+    kept = table_of_folds(tmp_path, crops, seed=0, group="crop", keep=tmp_path / "kept.csv")
+    moved = [sum(folds[crop] != fold for crop, fold in before.items()) for folds in (after, kept)]
+    assert moved[0] > 0 and moved[1] == 0 and len(kept) == 30
+
+
+def test_a_new_crop_between_crops_of_two_folds_is_left_out_with_a_warning(tmp_path, caplog):
+    crops = [Crop(f"a/crop{i}", "a", ("pm",), box([0, 0, 150.0 * i])) for i in range(5)]
+    apart = [crops[i] for i in (0, 2, 4)]
+    earlier = table_of_folds(tmp_path, apart, margin_nm=100, seed=0, group="crop")
+    assert sorted(earlier.values()) == [0, 1, 2]
+    (tmp_path / "folds.csv").rename(tmp_path / "kept.csv")
+    assert table_of_folds(tmp_path, crops, margin_nm=100, seed=0, group="crop", keep=tmp_path / "kept.csv") == earlier
+    assert "2 new crops lie close to crops of different folds and are left out: a/crop1, a/crop3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "message"),
+    [
+        (None, {}, r"folds\.keep .*kept\.csv: is no table of folds"),
+        ("crop,group\na/crop0,a\n", {}, r"folds\.keep .*kept\.csv: is no table of folds \(KeyError: 'fold'\)"),
+        ("crop,fold\na/crop0,x\n", {}, r"folds\.keep .*kept\.csv: is no table of folds"),
+        ("crop,fold\na/crop0,4\n", {}, r"has fold 4, folds\.n is 3; set folds\.n to 5"),
+        ("crop,fold\na/crop0,-1\n", {}, r"always in training; set folds\.datasplit to the table"),
+        ("crop,fold\nb/crop0,1\n", {}, "names none of the crops found"),
+        (
+            "crop,fold\na/crop0,1\na/crop1,2\n",
+            {"margin_nm": 500},
+            r"a/crop0 \(fold 1\) and a/crop1 \(fold 2\) must stay together; take folds\.group, folds\.margin_nm",
+        ),
+    ],
+)
+def test_an_earlier_table_that_cannot_be_kept_says_why(tmp_path, text, settings, message):
+    crops = [Crop(f"a/crop{i}", "a", ("pm",), box([0, 0, (300.0 if i < 2 else 3000.0) * i])) for i in range(6)]
+    if text:
+        (tmp_path / "kept.csv").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        table_of_folds(tmp_path, crops, seed=0, group="crop", keep=tmp_path / "kept.csv", **settings)
 
 
 def test_grouping_by_dataset_keeps_datasets_whole(tmp_path):

@@ -27,10 +27,11 @@ def write(path, rows):
     return path
 
 
-def page_of(folder, crops=CROPS, *, margin_nm=500.0, both=(), datasplit=None):
+def page_of(folder, crops=CROPS, *, margin_nm=500.0, both=(), datasplit=None, keep=None):
     box = {"voxel_nm": "8;8;8", "shape": "50;50;50"}
+    classes = {"annotated": "pm;nuc;ecs", "listed": ""}
     listed = [
-        {"crop": name, "dataset": crop[0], "annotated": "pm;nuc;ecs", "translation_nm": f"0;0;{crop[2]}", **box}
+        {"crop": name, "dataset": crop[0], "translation_nm": f"0;0;{crop[2]}", **classes, **box}
         for name, crop in crops.items()
     ]
     folds = [
@@ -61,6 +62,7 @@ def page_of(folder, crops=CROPS, *, margin_nm=500.0, both=(), datasplit=None):
         n=2,
         seed=0,
         datasplit=datasplit,
+        keep=keep,
     )
     return (folder / "splits.html").read_text()
 
@@ -142,6 +144,9 @@ def test_the_page_says_what_the_folds_follow_from(tmp_path):
     given = page_of(tmp_path, datasplit="mine/datasplit.csv")
     assert "folds.datasplit = mine/datasplit.csv, folds.margin_nm = 500" in given
     assert "Folds are those of mine/datasplit.csv" in given
+    kept = page_of(tmp_path, keep="mine/folds.csv")
+    assert "folds.seed = 0, folds.group = crop, folds.keep = mine/folds.csv, folds.margin_nm = 500" in kept
+    assert "Crops that mine/folds.csv names (folds.keep) have the folds that it gives them" in kept
     for untrue in ("folds.n =", "folds.seed =", "folds.group =", "seed alone", "neighbours stay together"):
         assert untrue not in given
 

@@ -276,7 +276,11 @@ def resolved_settings():
         "convert": {grid: CONFIG.conversion_settings(grid) for grid in grids},
         "quality": {grid: CONFIG.quality_settings(grid) for grid in grids},
         # of the rule's inputs, not of its parameters
-        "folds": {**CONFIG.fold_settings(), "datasplit": CONFIG.folds.datasplit},
+        "folds": {
+            **CONFIG.fold_settings(),
+            "datasplit": CONFIG.folds.datasplit,
+            "keep": CONFIG.folds.keep,
+        },
         "chunk": {grid: CONFIG.chunk_settings(grid) for grid in grids},
         "train": {name: model.training_settings() for name, model in models.items()},
         "predict": {

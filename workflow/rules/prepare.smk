@@ -84,6 +84,7 @@ rule folds:
     input:
         crops=rules.crops.output.table,
         datasplit=given(CONFIG.folds.datasplit),
+        keep=given(CONFIG.folds.keep),
     output:
         table="results/folds.csv",
     log:

@@ -265,6 +265,7 @@ rule splits_page:
             {
                 **CONFIG.fold_settings(),
                 "datasplit": CONFIG.folds.datasplit,
+                "keep": CONFIG.folds.keep,
                 "classes": list(CONFIG.classes),
                 "run": list(FOLDS),
             }

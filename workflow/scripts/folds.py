@@ -14,5 +14,6 @@ with job(snakemake):
         snakemake.input.crops,
         snakemake.output.table,
         datasplit=snakemake.config["folds"]["datasplit"],
+        keep=snakemake.config["folds"]["keep"],
         **json.loads(snakemake.params.settings),
     )

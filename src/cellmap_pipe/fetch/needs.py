@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from cellmap_pipe.classes import get_class
 from cellmap_pipe.errors import ConfigError, GeometryError
 from cellmap_pipe.geometry import Lattice, Vec3, nearest_grid, shape3, vec3
+from cellmap_pipe.prepare.crops import listed_lattice
 from cellmap_pipe.prepare.ngff import Image
 from cellmap_pipe.prepare.plan import Box, check_budget, plan_crop, target_lattice
-
-GEOMETRY = ("voxel_size", "translation", "shape")
 
 # How far metadata may differ from the table before it is another place: tables round to two decimals.
 VOXEL_TOLERANCE = 0.005  # of the voxel size
@@ -79,7 +78,7 @@ def read_wanted(
             label = (row.get("class_label") or "").strip()
             if label:
                 get_class(label)
-            lattice = _lattice(row)
+            lattice = listed_lattice(row)
         except (ConfigError, GeometryError, ValueError) as error:
             raise ConfigError(f"{key} {path}: line {line}: {error}") from None
         entry = wanted.setdefault(entry.name, entry)
@@ -167,17 +166,3 @@ def _wanted(row: Mapping[str, str | None], is_volume: bool) -> Wanted:
         if not re.fullmatch(r"[\w.-]*\w[\w.-]*", part):
             raise ConfigError(f"'{text}' of dataset '{dataset}' names no crop; give dataset and crop_name, as 234")
     return Wanted(dataset, crop, is_volume)
-
-
-def _lattice(row: Mapping[str, str | None]) -> Lattice | None:
-    """Return the geometry of a row of the table, None if it has none."""
-    texts = [(row.get(column) or "").strip() for column in GEOMETRY]
-    if not any(texts):
-        return None
-    try:
-        voxel, translation, shape = (
-            [float(number) for number in re.split(r"[;,\s]+", text.strip("[]()")) if number] for text in texts
-        )
-    except ValueError:
-        raise ValueError(f"geometry {texts} is not understood; vectors are written [z;y;x]") from None
-    return Lattice(vec3(voxel), vec3(translation), shape3([int(n) for n in shape]))

@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from cellmap_pipe.classes import CLASSES
-from cellmap_pipe.errors import ConfigError, DataError
+from cellmap_pipe.errors import ConfigError, DataError, GeometryError
 from cellmap_pipe.files import digest, replacing
+from cellmap_pipe.geometry import Lattice, shape3, vec3
 from cellmap_pipe.prepare.labels import read_label
 
-COLUMNS = "crop dataset em labels annotated masks voxel_nm translation_nm shape problem".split()
+COLUMNS = "crop dataset em labels annotated listed masks voxel_nm translation_nm shape problem".split()
+
+# Of a table of crops or volumes: the box of a row, as in the challenge's manifests.
+GEOMETRY = ("voxel_size", "translation", "shape")
 
 # Underscores separate dataset and crop in file names, so a crop's name has none.
 _CROP = re.compile(r"crop[0-9A-Za-z-]+")
@@ -61,7 +65,7 @@ def find_crops(data: Mapping[str, Any]) -> list[CropSource]:
     for crop in found.values():
         by_name.setdefault(crop.name, []).append(crop.dataset)
     listed = {}
-    for dataset, name in _listed(Path(data["crops"])):
+    for dataset, name in listed_crops(data["crops"]):
         for owner in [dataset] if dataset else by_name.get(name, ["unknown"]):
             crop = _crop(root, owner, name, data)
             listed[crop.id] = crop
@@ -97,12 +101,17 @@ def annotated_classes(path: Path) -> list[str]:
 def write_crops(data: Mapping[str, Any], out_csv: str | Path) -> None:
     """Write one row per crop of `find_crops` to `out_csv`, columns COLUMNS.
 
-    annotated: classes that have an array; masks: those of them with a `{class}_mask` beside it. Paths are relative to
-    data.root; voxel size and translation in nm, shape in voxels (z;y;x) of the finest label level, empty where they
-    cannot be read. `problem` says what is wrong with a crop; its neighbours are not affected.
+    annotated: classes that have an array; listed: those that the table `data.crops` names for the crop, on disk or not;
+    masks: annotated ones with a `{class}_mask` beside them. Paths are relative to data.root; voxel size and translation
+    in nm, shape in voxels (z;y;x) of the finest label level, or where that cannot be read what the table says, else
+    empty. `problem` says what is wrong with a crop; its neighbours are not affected.
     """
     root = Path(data["root"])
-    rows = [_row(crop, root) for crop in find_crops(data)]
+    table = listed_crops(data["crops"]) if data.get("crops") else {}
+    rows = [
+        _row(crop, root, table.get(("", crop.name), {}) | table.get((crop.dataset, crop.name), {}))
+        for crop in find_crops(data)
+    ]
     with replacing(out_csv) as partial, open(partial, "w", newline="") as stream:
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -115,7 +124,55 @@ def read_crops(path: str | Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def _row(crop: CropSource, root: Path) -> dict[str, str]:
+def listed_crops(path: str | Path) -> dict[tuple[str, str], dict[str, Lattice | None]]:
+    """Return what a table of crops names: the lattice of every class by crop, (dataset or "", crop name).
+
+    Columns: see `find_crops`; class_label, voxel_size, translation and shape ([z;y;x], nm and voxels) may be left out.
+    A class without geometry has None; classes that are not the challenge's are left out.
+    Raises ConfigError naming the file, and the line where there is one.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            rows, columns = list(reader), reader.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"data.crops {path}: cannot be read ({error}); give a CSV or null") from error
+    column = next((name for name in ("crop", "crop_name") if name in columns), None)
+    if column is None:
+        raise ConfigError(f"data.crops {path}: has columns {columns}; a column 'crop' or 'crop_name' is needed")
+    listed: dict[tuple[str, str], dict[str, Lattice | None]] = {}
+    for line, row in enumerate(rows, start=2):
+        dataset, _, number = (row[column] or "").strip().rpartition("/")
+        name = number if number.startswith("crop") else f"crop{number}"
+        if not _CROP.fullmatch(name):
+            raise ConfigError(
+                f"data.crops {path}: '{row[column]}' is not a crop; write 234, crop234 or dataset/crop234"
+            )
+        classes = listed.setdefault((dataset or (row.get("dataset") or "").strip(), name), {})
+        label = (row.get("class_label") or "").strip()
+        if label in CLASSES:
+            try:
+                classes[label] = listed_lattice(row)
+            except (GeometryError, ValueError) as error:
+                raise ConfigError(f"data.crops {path}: line {line}: {error}; correct it or leave it empty") from None
+    return listed
+
+
+def listed_lattice(row: Mapping[str, str | None]) -> Lattice | None:
+    """Return the geometry of a row of such a table, None if it has none. Raises ValueError or GeometryError."""
+    texts = [(row.get(column) or "").strip() for column in GEOMETRY]
+    if not any(texts):
+        return None
+    try:
+        voxel, translation, shape = (
+            [float(number) for number in re.split(r"[;,\s]+", text.strip("[]()")) if number] for text in texts
+        )
+    except ValueError:
+        raise ValueError(f"geometry {texts} is not understood; vectors are written [z;y;x]") from None
+    return Lattice(vec3(voxel), vec3(translation), shape3([int(n) for n in shape]))
+
+
+def _row(crop: CropSource, root: Path, listed: Mapping[str, Lattice | None]) -> dict[str, str]:
     annotated = annotated_classes(crop.path)
     problem = "" if crop.path.is_dir() else f"{crop.path}: there is no such crop folder"
     lattice = None
@@ -125,6 +182,8 @@ def _row(crop: CropSource, root: Path) -> dict[str, str]:
             break
         except DataError as error:
             problem = problem or str(error)
+    # the first readable class decides on disk, too
+    lattice = lattice or next((listed[name] for name in CLASSES if listed.get(name)), None)
     if not problem and not crop.em_path.is_dir():
         problem = f"{crop.em_path}: there is no EM group"
     return {
@@ -133,6 +192,7 @@ def _row(crop: CropSource, root: Path) -> dict[str, str]:
         "em": os.path.relpath(crop.em_path, root),
         "labels": os.path.relpath(crop.path, root),
         "annotated": ";".join(annotated),
+        "listed": ";".join(name for name in CLASSES if name in listed),
         "masks": ";".join(name for name in annotated if (crop.path / f"{name}_mask").is_dir()),
         "voxel_nm": _joined(lattice.voxel_nm) if lattice else "",
         "translation_nm": _joined(lattice.translation_nm) if lattice else "",
@@ -166,29 +226,6 @@ def _folders(path: Path) -> list[str]:
             return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     except (FileNotFoundError, NotADirectoryError):
         return []
-
-
-def _listed(path: Path) -> list[tuple[str, str]]:
-    """Return (dataset or "", crop name) of the rows of a crop table, without repetitions."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            rows, columns = list(reader), reader.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"data.crops {path}: cannot be read ({error}); give a CSV or null") from error
-    column = next((name for name in ("crop", "crop_name") if name in columns), None)
-    if column is None:
-        raise ConfigError(f"data.crops {path}: has columns {columns}; a column 'crop' or 'crop_name' is needed")
-    listed: dict[tuple[str, str], None] = {}
-    for row in rows:
-        dataset, _, number = (row[column] or "").strip().rpartition("/")
-        name = number if number.startswith("crop") else f"crop{number}"
-        if not _CROP.fullmatch(name):
-            raise ConfigError(
-                f"data.crops {path}: '{row[column]}' is not a crop; write 234, crop234 or dataset/crop234"
-            )
-        listed[dataset or (row.get("dataset") or "").strip(), name] = None
-    return list(listed)
 
 
 def _sorted(crops: Iterable[CropSource]) -> list[CropSource]:

@@ -1,4 +1,4 @@
-"""Folds of crops: one table for every grid, from the crop list and a seed alone.
+"""Folds of crops: one table for every grid, from the crop list and a seed alone, and an earlier table if one is kept.
 
 Crops that lie close together show the same cell, so they are grouped and a group is never divided. Verdicts and grids
 play no part: two models on different grids must agree on what is validation, else their ensemble is scored on crops
@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -50,12 +50,18 @@ _CONTAINER = re.compile(r"([^/]+)\.(?:zarr|n5)(?=/|$)")
 
 
 class Crop(NamedTuple):
-    """One row of crops.csv: name, dataset, annotated classes, and its box, None where that could not be read."""
+    """One row of crops.csv: name, dataset, annotated and listed classes, and its box, None where that is not known."""
 
     name: str
     dataset: str
     annotated: tuple[str, ...]
     box: Lattice | None
+    listed: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Those that the folds go by: what is not fetched, or not yet, must not move crops to other folds."""
+        return self.listed or self.annotated
 
 
 def write_folds(
@@ -68,25 +74,35 @@ def write_folds(
     margin_nm: float,
     specimens: Mapping[str, str] = {},
     datasplit: str | os.PathLike[str] | None = None,
+    keep: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write the fold of every crop: columns crop, group, fold (-1: in training whatever the fold), grouped_by.
 
     crops_csv: of prepare.crops. n: number of folds. group: what stays together: "crop" (crops of a dataset that are
     closer than `margin_nm`), "dataset" or "specimen". specimens: specimen by dataset, where the built-in list
     (prepare.specimens) does not know it or is wrong. datasplit: a table of the challenge's toolbox to use instead; its
-    validation crops are fold 0, its training crops -1, and crops it does not name are left out.
+    validation crops are fold 0, its training crops -1, and crops it does not name are left out. keep: an earlier table
+    of this function, whose crops keep their folds (without `datasplit`); a crop that it does not name goes where its
+    group is, or is left out if that is in several folds.
     grouped_by is `group`, or "datasplit".
     Raises ConfigError, naming the crops, if they cannot be divided so, and for an unknown dataset in `specimens`.
     """
     crops = crops_with_boxes(crops_csv)
-    annotated = {crop.name: crop.annotated for crop in crops}
+    annotated = {crop.name: crop.classes for crop in crops}
     if datasplit:
         folds = read_datasplit(datasplit, crops)
         check_sides(crops, folds, margin_nm, Path(datasplit))
         groups, group = {crop: crop for crop in folds}, DATASPLIT
     else:
         groups = group_crops(crops, group, margin_nm, specimens)
-        folds = assign_folds(annotated, groups, n=n, seed=seed)
+        kept = read_kept(keep, groups, n) if keep else {}
+        if keep:
+            # by the kept crops alone: a new one can link groups that were apart, and then stays out itself
+            check_kept(
+                kept, group_crops([crop for crop in crops if crop.name in kept], group, margin_nm, specimens), keep
+            )
+            groups = without_links(groups, kept, keep)
+        folds = assign_folds(annotated, groups, n=n, seed=seed, kept=kept)
     with replacing(out_csv) as partial, open(partial, "w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(COLUMNS)
@@ -155,15 +171,78 @@ def near(first: Crop, second: Crop, margin_nm: float) -> bool:
     return gap_nm(first.box, second.box) < margin_nm - TOLERANCE_NM
 
 
+def read_kept(path: str | os.PathLike[str], crops: Iterable[str], n: int) -> dict[str, int]:
+    """Return the folds that an earlier fold table gives to those of `crops` that it names.
+
+    Raises ConfigError, naming the file, if it is no such table, has other folds than 0..n-1 or names none of the crops.
+    """
+    try:
+        rows = read_crops(os.fspath(path))
+        folds = {row["crop"]: int(row["fold"]) for row in rows}
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"folds.keep {path}: is no table of folds ({type(error).__name__}: {error}); "
+            "give a copy of results/folds.csv"
+        ) from error
+    if min(folds.values(), default=0) < 0:
+        raise ConfigError(
+            f"folds.keep {path}: has crops that are always in training; set folds.datasplit to the table that it was "
+            "made from"
+        )
+    if (most := max(folds.values(), default=0)) >= n:
+        raise ConfigError(f"folds.keep {path}: has fold {most}, folds.n is {n}; set folds.n to {most + 1}")
+    kept = {crop: folds[crop] for crop in crops if crop in folds}
+    if not kept:
+        raise ConfigError(f"folds.keep {path}: names none of the crops found; correct the path or set null")
+    return kept
+
+
+def check_kept(kept: Mapping[str, int], groups: Mapping[str, str], path: str | os.PathLike[str]) -> None:
+    """Raise ConfigError, naming two of them, if crops of one group are in different folds of an earlier table."""
+    first: dict[str, str] = {}
+    for crop in sorted(kept):
+        other = first.setdefault(groups[crop], crop)
+        if kept[other] != kept[crop]:
+            raise ConfigError(
+                f"folds.keep {path}: {other} (fold {kept[other]}) and {crop} (fold {kept[crop]}) must stay together; "
+                "take folds.group, folds.margin_nm and folds.specimens of the run that the table is from"
+            )
+
+
+def without_links(groups: Mapping[str, str], kept: Mapping[str, int], path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the groups without the new crops of those that are in several folds of an earlier table, with a warning.
+
+    Such a crop lies between others that are trained and validated apart: on either side it would be a leak. The kept
+    crops of its group stand alone.
+    """
+    folds_of: dict[str, set[int]] = {}
+    for crop, fold in kept.items():
+        folds_of.setdefault(groups[crop], set()).add(fold)
+    linked = {group for group, folds in folds_of.items() if len(folds) > 1}
+    out = sorted(crop for crop, group in groups.items() if group in linked and crop not in kept)
+    if out:
+        logger.warning(
+            "%s: %d new crops lie close to crops of different folds and are left out: %s",
+            *(path, len(out), ", ".join(out[:5])),
+        )
+    return {crop: crop if group in linked else group for crop, group in groups.items() if crop not in out}
+
+
 def assign_folds(
-    annotated: Mapping[str, Sequence[str]], groups: Mapping[str, str], *, n: int, seed: int
+    annotated: Mapping[str, Sequence[str]],
+    groups: Mapping[str, str],
+    *,
+    n: int,
+    seed: int,
+    kept: Mapping[str, int] = {},
 ) -> dict[str, int]:
     """Return the fold, 0..n-1, of each crop, the same for all crops of a group.
 
     annotated: classes annotated in each crop. Each class shall be in as many folds as it can, first of all in two, so
     that it is trained and validated; then the crops of each class, and all crops, are spread evenly. Groups are placed
     one by one, those with the rarest classes first, then moved and exchanged as long as that helps. The seed orders
-    groups that are alike. Raises ConfigError for fewer than two folds, or fewer groups than folds.
+    groups that are alike. kept: folds of crops that are not moved, nor are the others of their groups.
+    Raises ConfigError for fewer than two folds, or fewer groups than folds.
     """
     names = sorted(set(groups.values()), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
     if n < 2:
@@ -181,9 +260,16 @@ def assign_folds(
     for crop in sorted(groups):
         table[row[groups[crop]], [column[name] for name in annotated[crop]]] += 1
         table[row[groups[crop]], -1] += 1
-    fold_of = _placed(table, n)
-    _improve(table, fold_of, n)
-    by_group = {name: int(fold_of[i]) for name, i in row.items()}
+    by_group = {groups[crop]: fold for crop, fold in kept.items()}
+    free = [name for name in names if name not in by_group]
+    fixed = np.zeros((n, table.shape[1]), np.int64)
+    for name, fold in by_group.items():
+        fixed[fold] += table[row[name]]
+    if free:
+        movable, in_groups = table[[row[name] for name in free]], (table > 0).sum(axis=0)
+        fold_of = _placed(movable, fixed, in_groups)
+        _improve(movable, fold_of, fixed, in_groups)
+        by_group |= {name: int(fold) for name, fold in zip(free, fold_of, strict=True)}
     return {crop: by_group[groups[crop]] for crop in sorted(groups)}
 
 
@@ -297,7 +383,8 @@ def crops_with_boxes(path: str | os.PathLike[str]) -> list[Crop]:
             box = Lattice(
                 vec3([float(v) for v in voxel]), vec3([float(t) for t in translation]), shape3([int(s) for s in shape])
             )
-        crops.append(Crop(row["crop"], row["dataset"], annotated, box))
+        listed = tuple(name for name in row["listed"].split(";") if name)
+        crops.append(Crop(row["crop"], row["dataset"], annotated, box, listed))
     if not crops:
         raise ContractError(f"{path}: lists no crop; make it again with `snakemake -R crops`")
     return crops
@@ -337,14 +424,17 @@ def _cost(totals: Table, in_groups: Table) -> npt.NDArray[np.float64]:
     return np.asarray(one_sided * float(scale) ** 2 + absent * float(scale) + uneven)
 
 
-def _placed(table: Table, n: int) -> npt.NDArray[np.int64]:
-    """Return the fold of each group, placed greedily: rarest class first, larger groups before smaller ones."""
-    in_groups = (table > 0).sum(axis=0)
-    rarity = np.where(table[:, :-1] > 0, in_groups[:-1], len(table) + 1).min(axis=1, initial=len(table) + 1)
+def _placed(table: Table, fixed: Table, in_groups: Table) -> npt.NDArray[np.int64]:
+    """Return the fold of each group, placed greedily: rarest class first, larger groups before smaller ones.
+
+    fixed: crops per fold and class that are placed already. in_groups: groups per class, those included.
+    """
+    n, most = len(fixed), int(in_groups[-1]) + 1
+    rarity = np.where(table[:, :-1] > 0, in_groups[:-1], most).min(axis=1, initial=most)
     order = np.lexsort((np.arange(len(table)), -table[:, -1], rarity))
-    totals = np.zeros((n, table.shape[1]), np.int64)
+    totals = fixed.copy()
     fold_of = np.zeros(len(table), np.int64)
-    weight = 1 / np.maximum(table.sum(axis=0), 1)
+    weight = 1 / np.maximum(table.sum(axis=0) + fixed.sum(axis=0), 1)
     for group in order:
         # the fold that has least of what the group brings, rare classes counting most; then the emptiest
         load = (totals * (table[group] > 0) * weight).sum(axis=1)
@@ -354,10 +444,12 @@ def _placed(table: Table, n: int) -> npt.NDArray[np.int64]:
     return fold_of
 
 
-def _improve(table: Table, fold_of: npt.NDArray[np.int64], n: int) -> None:
-    """Move and exchange groups, in place, as long as the cost falls; the best change of each round is made."""
-    in_groups = (table > 0).sum(axis=0)
-    totals = np.zeros((n, table.shape[1]), np.int64)
+def _improve(table: Table, fold_of: npt.NDArray[np.int64], fixed: Table, in_groups: Table) -> None:
+    """Move and exchange groups, in place, as long as the cost falls; the best change of each round is made.
+
+    fixed, in_groups: see `_placed`.
+    """
+    totals = fixed.copy()
     np.add.at(totals, fold_of, table)
     cost = float(_cost(totals, in_groups))
     while True:
@@ -374,7 +466,7 @@ def _improve(table: Table, fold_of: npt.NDArray[np.int64], n: int) -> None:
         if j >= 0:
             fold_of[j] = fold_of[i]
         fold_of[i] = fold
-        totals[:] = 0
+        totals[:] = fixed
         np.add.at(totals, fold_of, table)
         cost = best
 

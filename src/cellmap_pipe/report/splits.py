@@ -59,6 +59,7 @@ def write_splits(
     seed: int,
     specimens: Mapping[str, str] = {},
     datasplit: str | None = None,
+    keep: str | None = None,
 ) -> None:
     """Write the page of the folds: crops, classes, datasets and specimens of both sides, and how far apart they are.
 
@@ -73,20 +74,15 @@ def write_splits(
     validated = _validated(datalist_jsons)
     _refuse_leaks(division, FilePath(folds_csv))
     deciding = {"datasplit": datasplit} if datasplit else {"n": n, "seed": seed, "group": group}
+    deciding |= {"keep": keep} if keep else {}
     values = ", ".join(f"folds.{key} = {value}" for key, value in (*deciding.items(), ("margin_nm", f"{margin_nm:g}")))
-    origin = (
-        f"Folds are those of {datasplit} (folds.datasplit): its validation crops are fold 0, its training crops are "
-        "always in training, crops that it does not name are in neither. They are the same for every grid and verdict"
-        if datasplit
-        else "Folds follow from the list of crops and the seed alone, never from grid or verdict"
-    )
     parts = [
         paragraph(f"{describe_folds(folds_csv)}. Settings: {values}; trained: {', '.join(run) or 'none'}."),
         paragraph(
-            f"{origin}, so that models on different grids agree on what is validation. A network of fold k is "
-            "validated on the crops of fold k and trained on all others. Of several grids, each is validated on those "
-            "crops of the fold alone to whose labels it is the nearest. The fold 'all' trains on every crop and "
-            "validates on none. Click on a column's head to sort; hover over it for its meaning."
+            f"{_origin(datasplit, keep)}, so that models on different grids agree on what is validation. A network of "
+            "fold k is validated on the crops of fold k and trained on all others. Of several grids, each is validated "
+            "on those crops of the fold alone to whose labels it is the nearest. The fold 'all' trains on every crop "
+            "and validates on none. Click on a column's head to sort; hover over it for its meaning."
         ),
         paragraph(
             "Leaks: none. No crop stands on both sides of a datalist, and no crops of different folds share voxels; "
@@ -116,6 +112,19 @@ def write_splits(
         ]
     parts += [heading("Fold of every crop"), table(*_crops(division, quality_csvs), name="crops")]
     write_text(out_html, page("Folds", parts))
+
+
+def _origin(datasplit: str | None, keep: str | None) -> str:
+    if datasplit:
+        return (
+            f"Folds are those of {datasplit} (folds.datasplit): its validation crops are fold 0, its training crops "
+            "are always in training, crops that it does not name are in neither. They are the same for every grid and "
+            "verdict"
+        )
+    follow = "follow from the list of crops and the seed alone, never from grid or verdict"
+    if keep:
+        return f"Crops that {keep} names (folds.keep) have the folds that it gives them; those of the others {follow}"
+    return f"Folds {follow}"
 
 
 def _read(crops_csv: Path, folds_csv: Path, specimens: Mapping[str, str]) -> _Division:
