@@ -13,6 +13,7 @@ FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 # In a run directory: what all attempts of the training said. Snakemake deletes a job's own log before each.
 ALL_ATTEMPTS = "train.log"
+ATTEMPT = "attempt of process"  # where the words of the next one begin
 
 
 def log_to(path: str) -> None:

@@ -17,7 +17,8 @@ from cellmap_pipe import cli
 from cellmap_pipe.cluster.queue import REASONS, WILDCARDS, jobs, named, reason_in_words
 from cellmap_pipe.cluster.slurm import SlurmError, seconds_of
 from cellmap_pipe.cluster.status import Run, as_json, as_text, duration, status
-from cellmap_pipe.log import ALL_ATTEMPTS
+from cellmap_pipe.log import ALL_ATTEMPTS, ATTEMPT
+from cellmap_pipe.training.owner import IN_USE
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,6 +113,29 @@ def test_the_score_outlives_the_log_of_the_attempt_that_made_it_but_not_its_run_
     run_dir.rename(run_dir.with_name("fold0.stale-20261122-070000"))
     run_dir.mkdir()
     assert only(tmp_path).score is None
+
+
+@pytest.mark.parametrize(
+    ("words", "state", "why"),
+    [
+        ("", "stopped", "ended without a word (killed?); it goes on from its last checkpoint"),
+        ("ERROR train model=unet_3d,fold=0: the loss is nan\n", "failed", "the loss is nan"),
+        ("ERROR train model=unet_3d,fold=0: stopped by SIGTERM after step 9; start it\n", "stopped", "SIGTERM after"),
+    ],
+)
+def test_a_second_copy_that_found_the_directory_in_use_does_not_speak_for_the_training(
+    tmp_path: Path, words: str, state: str, why: str
+) -> None:
+    run_dir = tmp_path / "runs/unet_3d/fold0"
+    run_dir.mkdir(parents=True)
+    (tmp_path / "logs/train").mkdir(parents=True)
+    copy = f"ERROR train model=unet_3d,fold=0: {run_dir} {IN_USE} process 1 on g1801; wait for it\n"
+    (tmp_path / "logs/train/unet_3d_fold0.log").write_text(copy)
+    earlier = f"INFO: {ATTEMPT} 1 on g1 begins\nERROR train model=unet_3d,fold=0: an earlier one\n"
+    (run_dir / ALL_ATTEMPTS).write_text(f"{earlier}INFO: {ATTEMPT} 2 on g1 begins\n{words}{copy}")
+    run = only(tmp_path)
+    assert run.state == state
+    assert why in run.why
 
 
 def test_last_score_of_another_host_counts_as_running_while_its_heart_beats(tmp_path: Path) -> None:

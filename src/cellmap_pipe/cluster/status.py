@@ -14,9 +14,9 @@ from typing import Any
 
 from cellmap_pipe.cluster.queue import Job, jobs, reason_in_words
 from cellmap_pipe.cluster.slurm import SlurmError, installed
-from cellmap_pipe.log import ALL_ATTEMPTS
+from cellmap_pipe.log import ALL_ATTEMPTS, ATTEMPT
 from cellmap_pipe.text import aligned
-from cellmap_pipe.training.owner import is_stale
+from cellmap_pipe.training.owner import IN_USE, is_stale
 from cellmap_pipe.training.usage import Usage, cost, read_usage
 
 # The speed is that of about so many last seconds: one that shares its machine changes its pace.
@@ -155,11 +155,14 @@ def _run(folder: Path, model: str, fold: str, job: Job | None, queue: Mapping[st
     lines = read_usage(run_dir)
     spent = cost(lines)
     recent = _recent(lines)
-    errors = ERROR.findall(log)
-    error = errors[-1].decode(errors="replace") if errors else ""
+    attempts = _tail(run_dir / ALL_ATTEMPTS)
+    errors = _errors(log)
+    if errors and IN_USE in errors[-1]:  # said by a copy that did nothing; the one that trained has its own words
+        errors = [line for line in _errors(attempts.rpartition(ATTEMPT.encode())[2]) if IN_USE not in line]
+    error = errors[-1] if errors else ""
 
     step = max([line.step for line in lines[-1:]] + _checkpoints(run_dir), default=None)
-    score, score_step = _score(_tail(run_dir / ALL_ATTEMPTS))
+    score, score_step = _score(attempts)
     if alive:
         state, why = "running", _walltime(job)
     elif job is not None and job.waits:
@@ -241,6 +244,10 @@ def _walltime(job: Job | None) -> str:
     if job is None or job.limit_s is None:
         return ""
     return f"walltime left {duration(max(job.limit_s - job.elapsed_s, 0))}"
+
+
+def _errors(log: bytes) -> list[str]:
+    return [line.decode(errors="replace") for line in ERROR.findall(log)]
 
 
 def _score(log: bytes) -> tuple[float | None, int | None]:

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from cellmap_pipe.cluster import slurm
 from cellmap_pipe.errors import ConfigError, ContractError, TrainingError
 from cellmap_pipe.files import read_json, write_json
-from cellmap_pipe.log import ALL_ATTEMPTS, FORMAT, also_in
+from cellmap_pipe.log import ALL_ATTEMPTS, ATTEMPT, FORMAT, also_in
 from cellmap_pipe.machine import memory_limit
 from cellmap_pipe.prepare.store import Store
 from cellmap_pipe.training import checkpoint, results, siblings
@@ -114,7 +114,7 @@ def _train(request: Mapping[str, Any], process: Process, over: threading.Event) 
                     logger.warning("%s: its training is kept as %s", reason, results.set_aside(run_dir))
             held.enter_context(Owner(run_dir, partial(_leave, request), stopped))
             held.enter_context(also_in(run_dir / ALL_ATTEMPTS))
-            logger.info("attempt of process %d on %s begins%s", os.getpid(), socket.gethostname(), _slurm_job())
+            logger.info("%s %d on %s begins%s", ATTEMPT, os.getpid(), socket.gethostname(), _slurm_job())
             write_json(run_dir / "request.json", request)
             write_json(run_dir / FINGERPRINT, {"fingerprint": expected})
         _wait(process)

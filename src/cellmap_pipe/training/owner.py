@@ -34,6 +34,7 @@ WATCH_SECONDS = 100.0
 # A holder that is ending has this time to save and leave.
 PATIENCE_SECONDS = 600.0
 LOOK_SECONDS = 1.0
+IN_USE = "is in use by"  # of the error of a second copy
 RARE_ENDS = ("OUT_OF_MEMORY", "PREEMPTED", "DEADLINE", "BOOT_FAIL", "REVOKED")
 
 
@@ -139,7 +140,7 @@ class Owner:
                 state = Holder.LIVES
         if state is Holder.LIVES:
             raise TrainingError(
-                f"{self.path.parent} is in use by {_name(holder)}; wait for it or end it (a dead one is recognised by "
+                f"{self.path.parent} {IN_USE} {_name(holder)}; wait for it or end it (a dead one is recognised by "
                 "itself)"
             )
         return True
