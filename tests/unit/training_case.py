@@ -219,14 +219,17 @@ def in_ranks(world: int, function: Callable[..., None], *arguments: Any) -> list
     ]
 
 
-def start(request: dict[str, Any]) -> BaseProcess:
-    """Start a training as the workflow does."""
-    return in_process(_train, {}, write_request_file(request))
+def start(request: dict[str, Any], hold: int | None = None) -> BaseProcess:
+    """Start a training as the workflow does.
+
+    hold: it makes no further step after this one until it is asked to stop: it cannot end before a test's signal.
+    """
+    return in_process(_train, {}, write_request_file(request), hold)
 
 
-def start_ranks(request: dict[str, Any], world: int) -> list[BaseProcess]:
-    """Start a training of several processes."""
-    return in_ranks(world, _train, write_request_file(request))
+def start_ranks(request: dict[str, Any], world: int, hold: int | None = None) -> list[BaseProcess]:
+    """Start a training of several processes. hold: see `start`, of the last of them; the others wait for it."""
+    return in_ranks(world, _train, write_request_file(request), hold)
 
 
 def start_dying(request: dict[str, Any], world: int, step: int, size: int) -> list[BaseProcess]:
@@ -271,10 +274,20 @@ def wait_for_step(request: dict[str, Any], step: int, process: BaseProcess) -> N
     raise AssertionError(Path(request["log"]).read_text())
 
 
-def _train(environment: dict[str, str], request_path: str) -> None:
+def _train(environment: dict[str, str], request_path: str, hold: int | None = None) -> None:
+    from cellmap_pipe.training import loop
     from cellmap_pipe.training.main import main
 
     os.environ.update(environment)
+    make_step = loop.Training._step
+
+    def make_step_or_wait(self: Any, *arguments: Any) -> None:
+        while self.progress.step == hold and self.process.stop_requested.signal is None:
+            time.sleep(0.002)
+        make_step(self, *arguments)
+
+    if hold is not None and int(environment.get("RANK", 0)) == int(environment.get("WORLD_SIZE", 1)) - 1:
+        loop.Training._step = make_step_or_wait  # type: ignore[method-assign]
     main(request_path)
 
 

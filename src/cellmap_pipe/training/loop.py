@@ -188,7 +188,7 @@ class Training:
             held.callback(loader.close)
             self._tell(meter)  # of the start
             held.callback(self._tell, meter)
-            journal = None if process.rank else held.enter_context(Journal(self.run_dir, settings, progress.step))
+            journal = None if process.rank else held.enter_context(Journal(self.run_dir, settings, progress))
             while True:
                 # before a validation, which may outlast what is left of the walltime
                 if self._epoch_ended() or progress.step >= next_check:
@@ -518,6 +518,7 @@ class Training:
         state = {
             "fingerprint": self.fingerprint,
             "world": self.process.world,
+            "threads": torch.get_num_threads(),
             "parameters": self.parameters,
             "progress": asdict(self.progress),
             "network": _on_cpu(self.network.state_dict()),
@@ -556,6 +557,12 @@ class Training:
                 logger.warning(
                     "the training ran on %d processes and goes on with %d: the patches per step change in proportion",
                     *(state["world"], self.process.world),
+                )
+            if self.process.device.type == "cpu" and state["threads"] != torch.get_num_threads():
+                logger.warning(
+                    "the training ran on %d threads and goes on with %d: it ends with other last digits than one that "
+                    "kept them",
+                    *(state["threads"], torch.get_num_threads()),
                 )
 
     def _announce(self) -> None:

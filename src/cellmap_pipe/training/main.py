@@ -58,6 +58,8 @@ def run_training(request_path: str | Path) -> None:
     threads = int(request.get("threads", 1))
     torch.set_num_threads(threads)
     device = choose_device(request["device"], int(os.environ.get("LOCAL_RANK", "0")), world)
+    if device.type == "cpu":
+        _add_in_order()
     stop = StopRequest()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else CPU
     usage = UsageLog(Path(request["run_dir"]), world, name) if not rank else None
@@ -133,6 +135,16 @@ def _train(request: Mapping[str, Any], process: Process, over: threading.Event) 
                 raise TrainingError(f"{run_dir}: the checkpoint just written cannot be read; check the disk")
             results.publish(run_dir, state, request["outputs"], request["model"], request["fold"])
             logger.info("finished after %d steps", state["progress"]["step"])
+
+
+def _add_in_order() -> None:
+    """Have threads of a CPU add in a fixed order: else gradients of an indexed table are added as threads arrive.
+
+    SwinUNETR's position biases are one, so that no run would be the bits of another.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    options: Any = torch.utils.deterministic
+    options.fill_uninitialized_memory = False  # which costs time and is not needed
 
 
 def _slurm_job() -> str:
@@ -257,12 +269,12 @@ def _deadline(request: Mapping[str, Any], began: float) -> float | None:
     end = slurm_end()
     runtime = request.get("runtime_min")
     if end is not None and end > time.time():  # it tells not of a job that was given more time
-        left = end - time.time()
+        start, left = time.monotonic(), end - time.time()
     elif runtime:
-        left = 60.0 * float(runtime)
+        start, left = began, 60.0 * float(runtime)
     else:
         return None
-    return began + left - min(60 * request["settings"]["stop_minutes"], left / 10)
+    return start + left - min(60 * request["settings"]["stop_minutes"], left / 10)
 
 
 def slurm_end() -> float | None:

@@ -66,15 +66,20 @@ class Progress:
 class Journal:
     """Writes the rows of a training's history to the log, to TensorBoard and, if asked for, to MLflow.
 
-    For the length of a `with` block, by the first rank alone. step: where the training stands; what TensorBoard has
-    of later steps, which are trained again, is dropped. A disk that takes no more of TensorBoard's costs no training.
+    For the length of a `with` block, by the first rank alone. progress: where the training stands; what TensorBoard
+    has of later steps, which are trained again, is dropped. A disk that takes no more of TensorBoard's costs no
+    training.
     """
 
-    def __init__(self, run_dir: Path, settings: Mapping[str, Any], step: int) -> None:
+    def __init__(self, run_dir: Path, settings: Mapping[str, Any], progress: Progress) -> None:
         self._open = contextlib.ExitStack()
         self._tensorboard: SummaryWriter | None = None
         with self._tolerant():
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step)
+            # this step's values, too: a checkpoint of the best weights is written before them
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=progress.step)
+        for row in progress.history[-1:]:
+            if row["step"] == progress.step:
+                self._show(row)
         self._mlflow: MlflowRun | None = None
         if settings["mlflow"]:
             self._mlflow = self._open.enter_context(MlflowRun(settings["mlflow"], run_dir, settings))
@@ -99,14 +104,7 @@ class Journal:
 
     def write(self, row: Mapping[str, Any], progress: Progress, epoch: int) -> None:
         """Record one epoch. row: see `Training`; scores that were not measured are None."""
-        names = ("loss", "lr", "mean_dice", "smoothed_dice", "challenge_score")
-        values = {name: row[name] for name in names} | {f"dice/{name}": dice for name, dice in row["dice"].items()}
-        with self._tolerant():
-            if self._tensorboard is not None:
-                for name, value in values.items():
-                    if value is not None:
-                        self._tensorboard.add_scalar(name, value, progress.step)
-                self._tensorboard.flush()
+        values = self._show(row)
         if self._mlflow is not None:
             self._mlflow.log(values, progress.step)
         shown = ""
@@ -116,6 +114,18 @@ class Journal:
                 f"at step {progress.best_step}"
             )
         logger.info("epoch %d, step %d: loss %.4f%s", epoch, progress.step, row["loss"], shown)
+
+    def _show(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Write a row to TensorBoard and return its values by name."""
+        names = ("loss", "lr", "mean_dice", "smoothed_dice", "challenge_score")
+        values = {name: row[name] for name in names} | {f"dice/{name}": dice for name, dice in row["dice"].items()}
+        with self._tolerant():
+            if self._tensorboard is not None:
+                for name, value in values.items():
+                    if value is not None:
+                        self._tensorboard.add_scalar(name, value, row["step"])
+                self._tensorboard.flush()
+        return values
 
 
 class Meter:
