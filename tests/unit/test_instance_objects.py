@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from skimage.segmentation import watershed
 
+from cellmap_pipe.errors import DataError
 from cellmap_pipe.geometry import Lattice
 from cellmap_pipe.prediction import instances
 from cellmap_pipe.prediction.instances import Objects, find_objects
@@ -139,13 +140,27 @@ def test_the_volumes_faces_are_no_background() -> None:
         assert objects.mask(4, 5)[0, 4, 1]
 
 
-def test_an_object_too_large_to_be_parted_is_left_whole_and_named(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("memory_gb", [None, 1.0])
+def test_an_object_too_large_to_be_parted_is_left_whole_and_named_whatever_the_memory(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, memory_gb: float | None
+) -> None:
     mask = balls((30, 30, 50), [(15, 15, 12), (15, 15, 30)], 9.2)
     mask[2, 2, 45] = True
-    with found(mask, (4, 4, 4), Processing(split_nm=26), memory_gb=0.0008) as objects:
+    monkeypatch.setattr(instances, "LARGEST_PARTED", 21 * 21 * 39 - 1)
+    with found(mask, (4, 4, 4), Processing(split_nm=26), memory_gb=memory_gb) as objects:
         assert objects.count == 2
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert "[6, 6, 3] to [25, 25, 40]" in warning and f"{mask.sum() - 1} voxels" in warning and "\n" not in warning
+
+
+def test_little_memory_is_an_error_and_no_other_result() -> None:
+    mask = balls((30, 30, 50), [(15, 15, 12), (15, 15, 30)], 9.2)
+    for memory_gb in (None, 0.01, 0.002):
+        with found(mask, (4, 4, 4), Processing(split_nm=26), memory_gb=memory_gb) as objects:
+            assert objects.count == 2
+    message = r"in the box \[6, 6, 3\] to \[25, 25, 40\] .* GB to be parted, more than .*; give the job more memory"
+    with pytest.raises(DataError, match=message):
+        found(mask, (4, 4, 4), Processing(split_nm=26), memory_gb=0.0008)
 
 
 @pytest.mark.parametrize("planes", [82, 9])

@@ -152,12 +152,12 @@ def test_ended_job_or_our_own_started_again_elsewhere_is_watched_and_not_an_erro
 
 @pytest.fixture
 def ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a holder on another node whose job has ended a moment ago; it is watched for a second."""
+    """The folder of a holder on another node whose job has ended a moment ago; it is watched for three seconds."""
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
     squeue(bin_dir, monkeypatch, "echo COMPLETING")
     monkeypatch.setattr(owner, "LOOK_SECONDS", 0.02)
-    monkeypatch.setattr(owner, "WATCH_SECONDS", 1.0)
+    monkeypatch.setattr(owner, "WATCH_SECONDS", 3.0)
     write(tmp_path, holder(job="5"))
     return tmp_path
 
@@ -226,10 +226,10 @@ def test_owner_that_was_taken_over_is_told_once_and_leaves_the_file_to_the_other
     monkeypatch.setattr(owner, "HEARTBEAT_SECONDS", 0.02)
     told: list[str] = []
     with Owner(tmp_path, lost=told.append):
-        write(tmp_path, holder(job="9"))
         deadline = time.monotonic() + 60
         while not told:
             assert time.monotonic() < deadline
+            write(tmp_path, holder(job="9"))  # again: a beat that is under way writes over it
             time.sleep(0.01)
         time.sleep(0.2)
     assert len(told) == 1 and "was taken over by process 1 on elsewhere, Slurm job 9" in told[0]

@@ -159,13 +159,14 @@ def ceiling_shard(
     records = {name: _earlier(sidecars[name], fingerprints[name]) for name in crops}
     todo = [task for name, scored in tasks.items() if not records[name] for task in scored]
     costs = [min(budget, task.bytes) for task in todo]
+    order = list(CLASSES)
     for task, record in run_tasks(score_ceiling_label, todo, costs, workers, budget / 1e9, lost=_lost):
         name = task.crop["crop"]
         records[name].append(record)
         if len(records[name]) == len(tasks[name]) and all(entry["status"] != "failed" for entry in records[name]):
+            records[name].sort(key=lambda entry: order.index(entry["label"]))  # they come as they are done
             write_json(sidecars[name], {"fingerprint": fingerprints[name], "records": records[name]})
             logger.info("%s: %d classes", name, len(records[name]))
-    order = list(CLASSES)
     found = [entry for entries in records.values() for entry in entries]
     contract = {
         "grid": converted["grid"],

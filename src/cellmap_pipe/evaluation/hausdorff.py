@@ -33,7 +33,7 @@ class HausdorffDistances:
     """Distances in nm between truth objects and unions of predicted components of one pair of volumes.
 
     voxel_nm: (z, y, x). cap_nm: distances beyond it count as it. memory: bytes that a distance may take beyond the
-    runs; the distances do not depend on it.
+    runs; how they are found, and so their digits beyond the seventh, depends on it.
     """
 
     def __init__(

@@ -19,6 +19,7 @@ import edt
 import numpy as np
 from skimage.segmentation import watershed
 
+from cellmap_pipe.errors import DataError
 from cellmap_pipe.evaluation.components import Connectivity, join_nodes, label, links
 from cellmap_pipe.geometry import Lattice, Shape3
 from cellmap_pipe.prediction.processing import Processing
@@ -31,6 +32,8 @@ Mask = Callable[[int, int], np.ndarray]
 # Bytes of working memory per voxel of a slab, and per voxel of the box of an object that is parted (measured)
 SLAB_BYTES = 12
 PARTED_BYTES = 50
+# An object in a box of more voxels is left whole: what is parted must not depend on the memory of a job. 20 GB by then.
+LARGEST_PARTED = 400_000_000
 # Planes of the mask that are asked for at a time: one layer of chunks
 MASK_PLANES = 64
 
@@ -60,8 +63,9 @@ def find_objects(
     background from the seeds that are deeper than split_nm, if it has two or more; objects smaller than min_size_nm3
     are removed. Beyond the volume's faces is no background. how.threshold is not used: `mask` is thresholded already.
     memory_gb: beyond it the volume is worked on in slabs, with a bit per voxel in a file without name in the folder
-    `scratch`, to the same result; None = all in memory. An object whose box alone does not fit is left whole, and
-    named in a warning. The number of components is not bounded: each takes some 100 bytes.
+    `scratch`, to the same result; None = all in memory. An object in a box of more than LARGEST_PARTED voxels is
+    left whole, and named in a warning. The number of components is not bounded: each takes some 100 bytes.
+    Raises DataError for an object to be parted whose box does not fit into the memory.
     """
     return Objects(mask, lattice, how, instance, math.inf if memory_gb is None else memory_gb * 1e9, scratch)
 
@@ -170,16 +174,17 @@ class Objects:
         wide = (at_face | ((n - 1) * voxel_nm > 2 * split_nm)).any(1)
         deep[0] = False
         for i in np.flatnonzero(deep & wide).tolist():
-            if PARTED_BYTES * math.prod((n[i] + 2).tolist()) > memory:
-                logger.warning(
-                    "the object of %d voxels in the box %s to %s (z, y, x) is not parted: its box alone takes more "
-                    "than %.3g GB; raise memory_gb",
-                    components.size[i],
-                    lower[i].tolist(),
-                    upper[i].tolist(),
-                    memory / 1e9,
-                )
+            voxels = math.prod((n[i] + 2).tolist())
+            name = f"the object of {components.size[i]} voxels in the box {lower[i].tolist()} to {upper[i].tolist()}"
+            if voxels > LARGEST_PARTED:
+                logger.warning("%s (z, y, x) is not parted: its box has more than %d voxels", name, LARGEST_PARTED)
                 continue
+            if PARTED_BYTES * voxels > memory:
+                raise DataError(
+                    f"{name} (z, y, x) takes {PARTED_BYTES * voxels / 1e9:.3g} GB to be parted, more than the "
+                    f"{memory / 1e9:.3g} GB that are left; give the job more memory (mem_mb), or set segment.split_nm "
+                    "of the class to 0"
+                )
             inside = self._component(components.first[i], lower[i], upper[i])
             parts = part_component(inside, lower[i] == 0, upper[i] == self._shape, self._voxel_nm, split_nm)
             if parts is not None:

@@ -263,13 +263,18 @@ def _voxel(trained: Trained) -> VoxelSize:
 
 
 def arithmetic(trained: Trained, device: torch.device) -> str:
-    """Return "bf16" where the network is run in bfloat16, on a GPU if it was trained so there, else "float32"."""
-    return "bf16" if device.type == "cuda" and trained.contents["settings"]["amp"] == "bf16" else "float32"
+    """Return how the network is run: "bf16", on a GPU if it was trained so there, or "float32", by device.
+
+    A GPU convolves float32 with fewer bits (TF32): blocks of both devices would meet at seams.
+    """
+    if device.type != "cuda":
+        return "float32"
+    return "bf16" if trained.contents["settings"]["amp"] == "bf16" else "float32 on a GPU"
 
 
 def mixed_precision(trained: Trained, device: torch.device) -> Network:
     """Return the network as it is run on `device`, see `arithmetic`."""
-    if arithmetic(trained, device) == "float32":
+    if arithmetic(trained, device) != "bf16":
         return trained.network
 
     def network(images: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ keep it: among the others, every group is scored by what the remaining ones lead
 therefore never processed by what it taught.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -75,6 +76,8 @@ LEAST_OBJECTS = 8
 ROUNDING = 1e-9
 # Values of all classes together that the repair is judged on at a time; those of one chunk if they are more.
 SLAB_VALUES = 1 << 24
+# Voxels whose probabilities are counted at a time; a row of chunks if it has more.
+PIECE_VOXELS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -223,8 +226,10 @@ def deal(
         units.setdefault((together or {}).get(crop, crop), []).append(crop)
     order = sorted(units.values(), key=lambda crops: (-sum(voxels[crop] for crop in crops), crops))
     n = min(wanted, len(order))
+    # in the order of their names: sums over them round alike in every process
     total = {
-        name: sum(voxels[crop] for crop in classes if name in classes[crop]) for name in set().union(*classes.values())
+        name: sum(voxels[crop] for crop in classes if name in classes[crop])
+        for name in sorted(set().union(*classes.values()))
     }
     load: list[dict[str, float]] = [dict.fromkeys(total, 0.0) for _ in range(n)]
     groups = {}
@@ -258,22 +263,19 @@ class _Runner:
     """Labels in parallel processes; one that fails is named and left out."""
 
     def __init__(self, workers: int, memory_gb: float) -> None:
-        self._workers, self._memory_gb = workers, memory_gb
+        self._limits = workers, memory_gb
         self.failed: set[str] = set()
 
     def __call__(
         self, function: Callable[[Task], Result], tasks: Mapping[str, Task], costs: Mapping[str, int]
     ) -> dict[str, Result]:
-        """Return function(task) by name. costs: bytes; a task of more than the memory is not begun."""
-        possible = []
-        for name in tasks:
-            if costs[name] > self._memory_gb * 1e9:
-                self._fail(name, f"needs {costs[name] / 1e9:.1f} GB, more than the {self._memory_gb:g} GB of the job")
-            else:
-                possible.append((name, tasks[name]))
+        """Return function(task) by name. costs: bytes; a task of more than the memory runs alone.
+
+        Leaving it out would make what is tuned depend on the memory of the job.
+        """
         results = {}
         for (name, _), (result, cause) in run_tasks(
-            partial(_attempt, function), possible, [costs[name] for name, _ in possible], self._workers, self._memory_gb
+            partial(_attempt, function), list(tasks.items()), [costs[name] for name in tasks], *self._limits
         ):
             if cause:
                 self._fail(name, cause)
@@ -306,11 +308,14 @@ class _Crop:
         self._parts = task.parts
         self._probabilities = Probabilities(task.record, self.lattice)
         self._truth = LabelReader(label)
-        self._depth = chunk_shape(label.level)[0]
+        self._chunk = chunk_shape(label.level)
 
-    def slabs(self) -> Iterator[Box]:
-        for first in range(0, self.lattice.shape[0], self._depth):
-            yield (first, 0, 0), (min(first + self._depth, self.lattice.shape[0]), *self.lattice.shape[1:])
+    def pieces(self) -> Iterator[Box]:
+        """Yield boxes (lower, upper) that make up the crop, of whole rows of chunks."""
+        (depth, height, _), (Z, Y, X) = self._chunk, self.lattice.shape
+        height *= max(1, PIECE_VOXELS // (depth * height * X))
+        for z, y in itertools.product(range(0, Z, depth), range(0, Y, height)):
+            yield (z, y, 0), (min(z + depth, Z), min(y + height, Y), X)
 
     def probabilities(self, box: Box) -> np.ndarray:
         """Return 255 p in a box (lower, upper), float32 (z, y, x)."""
@@ -357,9 +362,9 @@ def _survey(task: _Task) -> np.ndarray | Table | None:
     if is_instance(task.label.name):
         return search_table(*crop.middle(), crop.lattice.voxel_nm, task.settings, task.rules)
     histogram = np.zeros((2, 256), np.int64)
-    for slab in crop.slabs():
-        truth, known = crop.truth(slab)
-        histogram += level_histograms(crop.probabilities(slab), truth > 0, known)
+    for piece in crop.pieces():
+        truth, known = crop.truth(piece)
+        histogram += level_histograms(crop.probabilities(piece), truth > 0, known)
     return histogram
 
 
@@ -636,7 +641,7 @@ def _survey_all(
             tried = [how for how in tried if not fixed or how.threshold == default.threshold]
         for label in labels:
             surveys[f"{label.crop}/{name}"] = _Task(label, tuple(tried), rules)
-            costs[f"{label.crop}/{name}"] = _middle_bytes(label) if tried else _slab_bytes(label)
+            costs[f"{label.crop}/{name}"] = _middle_bytes(label) if tried else _piece_bytes(label)
     found = runner(_survey, surveys, costs)
     evidence = {}
     for name, labels in by_class.items():
@@ -663,9 +668,10 @@ def _default(labels: Sequence[_Label], settings: Mapping[str, Any]) -> tuple[Pro
     return how, not given.isdisjoint([name, *(part for label in labels for part in label.parts)])
 
 
-def _slab_bytes(label: _Label) -> int:
-    """Return about how much memory histograms take: slabs of 64 planes, or two where chunks lie across their edges."""
-    return 40 * 64 * math.prod(label.lattice.shape[1:])
+def _piece_bytes(label: _Label) -> int:
+    """Return about how much memory histograms take: pieces of 64 planes, or a row of chunks where it is larger."""
+    _, Y, X = label.lattice.shape
+    return 40 * min(64 * Y * X, max(2 * PIECE_VOXELS, 64 * 64 * X))
 
 
 def _middle_bytes(label: _Label) -> int:

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from glob import escape
 from math import prod
@@ -479,11 +479,9 @@ def map_isolated(
     else:
         # forked, because spawned workers would run the workflow's script once more
         with ProcessPoolExecutor(min(workers, len(arguments)), mp_context=get_context("fork")) as pool:
-            futures: dict[Future[dict[str, Any]], str] = {
-                pool.submit(function, *entry): label for label, entry in zip(labels, arguments, strict=True)
-            }
-            for future in as_completed(futures):
-                collect(futures[future], future.result)
+            futures = [pool.submit(function, *entry) for entry in arguments]
+            for label, future in zip(labels, futures, strict=True):
+                collect(label, future.result)
     if faults:
         label, error = faults[0]
         reason = " ".join(str(error).split()) or type(error).__name__
