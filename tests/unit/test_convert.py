@@ -1,6 +1,7 @@
 import hashlib
 import json
 import shutil
+import time
 import tracemalloc
 from types import SimpleNamespace
 
@@ -439,3 +440,19 @@ def test_memory_does_not_grow_with_the_crop(project, ngff, monkeypatch):
         tracemalloc.stop()
     assert record["status"] == "ok" and record["counts"]["pm"]["present"] > 0
     assert peak < 0.8 * np.prod(shape)  # image and label map alone would need two bytes per voxel
+
+
+def fail_late(row, flag):
+    if row["crop"] == "a/crop1":
+        while not flag.exists():
+            time.sleep(0.005)
+    flag.touch()
+    raise ValueError(f"{row['crop']} is damaged")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_error_names_the_first_of_several_crops_whichever_fails_first(tmp_path, workers):
+    crops = ["a/crop1", "a/crop2", "a/crop3"] if workers == 2 else ["a/crop2", "a/crop3"]
+    message = rf"{crops[0]}: ValueError: .* is damaged \(and {len(crops) - 1} more, see the log\)"
+    with pytest.raises(CellmapError, match=message):
+        convert.map_isolated(fail_late, [({"crop": crop}, tmp_path / "flag") for crop in crops], workers)
