@@ -43,6 +43,21 @@ orphans=${CELLMAP_ORPHANS:-wait}
 stop_seconds=${CELLMAP_STOP_SECONDS:-240}
 # --------------------------------------------------------------------------------------------------------------------
 
+stopping= child= watcher=
+stop() { # stop SIGNAL: end Snakemake as Ctrl-C does; if it does not end, end it all the same
+    stopping=$1
+    if [[ $child && ! $watcher ]]; then
+        say "SIG$1: stopping Snakemake; its jobs are cancelled"
+        kill -INT -- "-$child" 2>/dev/null
+        { sleep "$stop_seconds"; kill -KILL -- "-$child" 2>/dev/null; } &
+        watcher=$!
+    fi
+}
+# Before all else: a signal may come while the environment is activated.
+trap 'stop USR1' USR1
+trap 'stop TERM' TERM
+trap 'stop INT' INT
+
 set -uo pipefail
 say() { echo "[head $(date +%FT%T)] $*"; }
 fail() { say "ERROR $*" >&2; exit 1; }
@@ -65,23 +80,10 @@ PATH=$(cd "$SNAKEMAKE_PROFILE" && pwd)/bin:$PATH
 prefix=cellmap${job:+-$job}
 left() { squeue --me --noheader --format='%i %j' | awk -v mine="${prefix}_" 'index($2, mine) == 1 { print $1 }'; }
 
-stopping= child= watcher=
-stop() { # stop SIGNAL: end Snakemake as Ctrl-C does; if it does not end, end it all the same
-    stopping=$1
-    if [[ $child && ! $watcher ]]; then
-        say "SIG$1: stopping Snakemake; its jobs are cancelled"
-        kill -INT -- "-$child" 2>/dev/null
-        { sleep "$stop_seconds"; kill -KILL -- "-$child" 2>/dev/null; } &
-        watcher=$!
-    fi
-}
 stopped() { # Go no further if a signal came before Snakemake began
     [[ $stopping != USR1 ]] || requeue
     [[ ! $stopping ]] || exit 1
 }
-trap 'stop USR1' USR1
-trap 'stop TERM' TERM
-trap 'stop INT' INT
 
 requeue() {
     say "walltime: queued again"
@@ -118,6 +120,7 @@ set -m # a process group of its own, which SIGINT reaches: bash starts others wi
 snakemake "$@" --slurm-jobname-prefix "$prefix" &
 child=$!
 set +m
+[[ ! $stopping ]] || stop "$stopping" # the signal came when there was no Snakemake yet
 while :; do # a signal ends `wait` before Snakemake has ended
     wait "$child"
     status=$?

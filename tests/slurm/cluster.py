@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -138,12 +138,13 @@ class ClusterError(Exception):
 class Cluster:
     """The cluster with its state in `folder`; runs during a `with` block.
 
-    kill_wait: seconds between SIGTERM and SIGKILL at a job's walltime. A second cluster beside this one has other
-    ports, from `port`, and another link to its `configuration`; Snakemake's jobs find only that of CONFIGURATION.
+    kill_wait: seconds between SIGTERM and SIGKILL at a job's end; a training must have saved by then on a machine that
+    does much else. A second cluster beside this one has other ports, from `port`, and another link to its
+    `configuration`; Snakemake's jobs find only that of CONFIGURATION.
     """
 
     def __init__(
-        self, folder: Path, kill_wait: int = 20, *, port: int = PORT, configuration: Path = CONFIGURATION
+        self, folder: Path, kill_wait: int = 60, *, port: int = PORT, configuration: Path = CONFIGURATION
     ) -> None:
         self.folder = folder
         self.kill_wait = kill_wait
@@ -201,13 +202,15 @@ class Cluster:
         self._pids = {**self._recorded(), **self._pids}
         if self._alive("slurmctld"):
             self.run("scancel", "--user", pwd.getpwuid(os.getuid()).pw_name, check=False)
-            with contextlib.suppress(ClusterError):
-                self._wait(15, lambda: not self.run("squeue", "-h", check=False).stdout.strip(), "the jobs' end")
+            for _ in range(2):
+                with contextlib.suppress(ClusterError):
+                    self._wait(15, lambda: not self.run("squeue", "-h", check=False).stdout.strip(), "the jobs' end")
+                    break
+                # Slurm would do so only after `kill_wait`, and its daemons wait for that
+                self._kill(set(self.leftovers()) - set(self._pids.values()))
         for name in list(reversed(self._pids)):
             self._end(name)
-        for pid in self.leftovers():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self._kill(self.leftovers())
         if self._linked():
             self.configuration.unlink()
 
@@ -286,7 +289,7 @@ class Cluster:
         files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         options = [f"--{name}={self.folder}/munge/{file}" for name, file in files.items()]
         self._daemon("munged", "munged", "--foreground", "--force", "--num-threads=2", *options)
-        self._ready(10, "munged", "munge", "-n", "-S", f"{self.folder}/munge/socket")
+        self._ready(60, "munged", "munge", "-n", "-S", f"{self.folder}/munge/socket")
 
     def _database(self) -> None:
         folder = self.folder / "sql"
@@ -296,6 +299,7 @@ class Cluster:
             self.run(
                 *["mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={folder}", "--skip-test-db"],
                 "--auth-root-authentication-method=normal",
+                timeout=300,
             )
         self._daemon(
             *["mariadbd", "mariadbd", "--no-defaults", "--user=root", f"--datadir={folder}"],
@@ -329,7 +333,7 @@ class Cluster:
 
     def _controller(self) -> None:
         self._daemon("slurmctld", "slurmctld", "-D")
-        self._ready(30, "slurmctld", "scontrol", "ping")
+        self._ready(120, "slurmctld", "scontrol", "ping")
         for node in NODES:
             self._daemon(f"slurmd-{node}", "slurmd", "-D", "-N", node)
 
@@ -337,7 +341,7 @@ class Cluster:
             states = self.run("sinfo", "-h", "-N", "-o", "%N %T", check=False).stdout.split("\n")
             return {state.split()[0] for state in states if state.endswith(" idle")} == set(NODES)
 
-        self._wait(60, ready, "the nodes")
+        self._wait(120, ready, "the nodes")
 
     def _daemon(self, name: str, *command: str) -> None:
         with open(self.folder / "log" / f"{name}.out", "ab") as out:
@@ -364,6 +368,11 @@ class Cluster:
         except OSError:
             return False
         return name.split("-")[0] in program
+
+    def _kill(self, pids: Iterable[int]) -> None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def _end(self, name: str) -> None:
         """End a daemon, which may be a child of this process or not."""

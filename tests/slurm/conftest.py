@@ -15,7 +15,7 @@ from . import head_runs
 from .cluster import ROOT, Cluster, why_not
 
 HERE = Path(__file__).parent
-DEMO_SECONDS = 900
+DEMO_SECONDS = 3600
 CROPS = [f"phantom-{number // 100}/crop{number}" for number in (101, 102, 202, 204, 302, 303)]
 
 

@@ -23,10 +23,10 @@ rule all:
 
 rule work:
     output: "work.txt"
-    resources: mem_mb=600, runtime=5
+    resources: mem_mb=600, runtime=30
     shell:
         "mkdir running; echo $SLURM_JOB_ID >> starts.txt; trap 'rmdir running; exit 1' TERM; "
-        "for i in $(seq 600); do if test -e go; then break; fi; sleep 0.2; done; "
+        "for i in $(seq 6000); do if test -e go; then break; fi; sleep 0.2; done; "
         "rmdir running; cp go {output}"
 
 rule gather:
@@ -79,7 +79,7 @@ class Head:
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
-    def wait(self, what: str, until: Callable[[], Any], seconds: float = 180) -> None:
+    def wait(self, what: str, until: Callable[[], Any], seconds: float = 600) -> None:
         limit = time.monotonic() + seconds
         while not until():
             assert time.monotonic() < limit, f"waited in vain for {what}; {self.state()}\n{self.said()}"
@@ -135,7 +135,9 @@ def story(cluster: Cluster, folder: Path) -> dict[str, Any]:
     with heads(cluster, folder) as make:
         # an option that the head job was given by its environment would have its jobs refused
         normal = make("--export=ALL,SBATCH_QOS=no_such_qos")
-        limited, killed = make("--signal=B:USR1@45", "--time=1"), make("--mail-user=me@unc.edu")
+        # Slurm looks every 30 s and tells up to so much sooner: after 45 to 75 s. Of one minute it might tell a job
+        # that has just begun, before head.sh can hear it.
+        limited, killed = make("--signal=B:USR1@45", "--time=2"), make("--mail-user=me@unc.edu")
         # the plugin for Slurm may sleep as long
         ended = make("--export=ALL,CELLMAP_STOP_SECONDS=180")
         for head in (normal, killed, ended):
@@ -154,7 +156,7 @@ def story(cluster: Cluster, folder: Path) -> dict[str, Any]:
         cluster.run("scontrol", "requeue", killed.job)
         (told["orphan"],) = killed.jobs()
 
-        # its own walltime, of which Slurm tells it up to a minute sooner than it was asked to
+        # its own walltime
         limited.wait("the requeue", lambda: "queued again" in limited.said())
         told["left by the walltime"] = limited.jobs("PENDING,RUNNING")
 

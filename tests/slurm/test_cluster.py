@@ -14,7 +14,7 @@ import pytest
 from .cluster import CONFIGURATION, NODES, PORT, Cluster, ClusterError
 
 
-def waited(until: Callable[[], object], seconds: float = 20) -> bool:
+def waited(until: Callable[[], object], seconds: float = 120) -> bool:
     limit = time.monotonic() + seconds
     while not until():
         if time.monotonic() > limit:

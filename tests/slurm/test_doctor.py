@@ -38,7 +38,7 @@ def doctor(cluster, tmp_path):
             env={**os.environ, "SLURM_CONF": str(cluster.folder / "slurm.conf")},
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=600,
         )
         assert not done.stderr, done.stderr
         return done.returncode, done.stdout.splitlines()
@@ -137,7 +137,9 @@ def test_sbatch_waits_until_the_controller_is_back_and_submits_once(cluster, tmp
     try:
         time.sleep(3)
         assert process.poll() is None  # it waits
-        mine.write_text(conf)
+        whole = tmp_path / "whole.conf"
+        whole.write_text(conf)
+        whole.replace(mine)  # at once, for sbatch may be reading it
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()

@@ -6,6 +6,7 @@ weights of one that ran without Slurm and without a stop.
 """
 
 import contextlib
+import csv
 import datetime
 import json
 import os
@@ -30,7 +31,7 @@ from cellmap_pipe.training.usage import read_usage
 from .cluster import ACCOUNT, PROFILE, ROOT, Cluster
 
 HERE = Path(__file__).parent
-PATIENCE = 300.0  # seconds that anything may take, on a machine that does much else
+PATIENCE = 900.0  # seconds that anything may take, on a machine that does much else
 
 # of one process, and of one per GPU
 ALONE, TOGETHER = "segresnet_ds", "unet_3d"
@@ -239,7 +240,7 @@ def whole(slurm_demo: Path, cluster: Cluster, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def futures(
-    whole: Path, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+    whole: Path, slurm_demo: Path, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[dict[str, Any]]]]:
     """What each of the trainings met, to be waited for."""
     quick = yaml.safe_load((HERE / "quick/config.v9+.yaml").read_text())
@@ -272,7 +273,7 @@ def futures(
                 "walltime": pool.submit(begin, walltime, TOGETHER, steady),
                 "node": pool.submit(begin, node, ALONE, on_gpus),
                 "killed": pool.submit(begin, killed, ALONE, steady),
-                "memory": pool.submit(begin, memory, ALONE, steady, mem_mb=LITTLE_MB),
+                "memory": pool.submit(begin, memory, ALONE, steady, mem_mb=too_little_mb(slurm_demo)),
                 "cancelled": pool.submit(begin, cancelled, ALONE, steady),
                 "interrupted": pool.submit(begin, interrupted, ALONE, steady),
                 "preempted": pool.submit(begin, preempted, ALONE, {"slurm_partition": "spare"}, gpus=0),
@@ -289,19 +290,20 @@ def futures(
 
 def walltime(run: Run) -> dict[str, Any]:
     run.train()
-    reached, kept_back = [], []
+    reached, spared = [], []
     for attempt in (1, 2):
         reached.append(run.hold(attempt))
         job = run.jobs()[attempt - 1]
         ends = run.cluster.run("squeue", "-h", "-j", job, "-o", "%e").stdout.strip()
-        *_, stops = re.findall(r"saves and stops at (\S+ \S+), before the walltime ends", run.log.read_text())
-        moments = [datetime.datetime.fromisoformat(moment) for moment in (ends, stops)]
-        kept_back.append((moments[0] - moments[1]).total_seconds())
+        said = r"^(\S+ \S+) INFO .*: saves and stops at (\S+ \S+), before the walltime ends$"
+        *_, words = re.findall(said, run.log.read_text(), re.MULTILINE)
+        end, then, stop = (datetime.datetime.fromisoformat(moment) for moment in (ends, *words))
+        spared.append(((end - then).total_seconds(), (end - stop).total_seconds()))
         # the walltime is over now: the rest of it would be the same but for the wait
         run.cluster.run("scontrol", "update", f"JobId={job}", f"EndTime={soon()}")
         until(lambda nth=attempt - 1: run.states()[nth] == "TIMEOUT", "the end of the walltime")
         run.let_go()
-    return {"said": run.end(0), "reached": reached, "kept_back": kept_back}
+    return {"said": run.end(0), "reached": reached, "spared": spared}
 
 
 def soon() -> str:
@@ -321,13 +323,29 @@ def test_a_training_that_meets_its_walltime_twice_ends_as_one_that_was_left_alon
 
 
 def test_a_training_knows_from_slurm_when_its_walltime_ends_and_would_stop_before(futures):
-    # 5 minutes before, but a tenth of what is left of the walltime at most; that began before the training did
-    assert all(0.8 * 120 < seconds <= 120 for seconds in futures["walltime"].result(PATIENCE)["kept_back"])
+    # 5 minutes before, but a tenth at most of what is left when it says so: the walltime began before the training did.
+    # The moment to stop is told in whole seconds, cut off. By the rule's walltime, counted from the training's own
+    # begin, it would be off by all that came before that: Snakemake's start in the job takes several seconds.
+    for left, kept_back in futures["walltime"].result(PATIENCE)["spared"]:
+        assert left < 1200
+        assert -0.5 < kept_back - left / 10 < 2
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
 
-LITTLE_MB = 700
+
+def too_little_mb(demo: Path) -> int:
+    """Return an amount of memory that the training exceeds, and three times of which is enough.
+
+    It is taken from what the demo's training needed here, because another processor or build of torch needs another
+    amount. Slurm, which looks every second, meets the peak or not: it told 764 and 938 MB of the same training, which
+    for its most part holds 0.8 to 0.9 of its peak. 0.6 is below that, and 1.8 above the peak, in either case.
+    """
+    (report,) = demo.glob("efficiency_report_*.csv")
+    with report.open() as stream:
+        rows = [row for row in csv.DictReader(stream) if row["RuleName"] == f"rule_train_wildcards_{ALONE}_0"]
+    # odd, for Slurm would write whole gigabytes in another unit
+    return round(0.6 * max(float(row["MaxRSS_MB"]) for row in rows)) | 1
 
 
 def memory(run: Run) -> dict[str, Any]:
@@ -335,12 +353,13 @@ def memory(run: Run) -> dict[str, Any]:
     return {"said": run.end(0)}
 
 
-def test_a_job_killed_for_its_memory_comes_back_with_more(futures):
+def test_a_job_killed_for_its_memory_comes_back_with_more(futures, slurm_demo):
+    little = too_little_mb(slurm_demo)
     run = futures["memory"].result(PATIENCE)["run"]
-    assert [(record["State"], record["ReqMem"]) for record in run.records()] == [
-        ("FAILED", f"{LITTLE_MB}M"),
-        ("COMPLETED", f"{2 * LITTLE_MB}M"),
-    ]
+    # twice as much may be just too little for the peak
+    assert run.states() in (["FAILED", "COMPLETED"], ["FAILED", "FAILED", "COMPLETED"])
+    asked = [record["ReqMem"] for record in run.records()]
+    assert asked == [f"{attempt * little}M" for attempt in range(1, len(asked) + 1)]
     assert any("exceeded memory limit" in path.read_text(errors="replace") for path in run.slurm_logs())
 
 
@@ -415,7 +434,7 @@ def preempted(run: Run) -> dict[str, Any]:
     run.train()
     reached = run.hold(1)
     run.cluster.run("sbatch", "-p", "owners", "--exclusive", "-o", "/dev/null", "-D", "/tmp", "--wrap", "true")
-    # at once: Slurm kills 20 s after it told the training to end
+    # soon: Slurm kills a minute after it told the training to end
     queued = ("squeue", "-h", "-j", run.jobs()[0], "-o", "%T")
     until(lambda: "RUNNING" not in run.cluster.run(*queued).stdout, "the owners' coming")
     run.let_go()

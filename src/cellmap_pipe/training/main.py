@@ -262,7 +262,7 @@ def _outdated(run_dir: Path, expected: str, *, retrain: bool) -> str | None:
 
 
 def _deadline(request: Mapping[str, Any], began: float) -> float | None:
-    """Return when to stop, in seconds of time.monotonic(), by Slurm's end of the job or the request's `runtime_min`.
+    """Return when to stop, in seconds of time.monotonic(), by Slurm's end of the job or, from `began`, `runtime_min`.
 
     The setting `stop_minutes` before that, but no more than a tenth of the walltime before it.
     """
