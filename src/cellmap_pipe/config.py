@@ -26,7 +26,7 @@ from cellmap_pipe.training.zoo import check_network, check_patch, with_architect
 RESULT_VERSIONS: dict[str, int] = {
     "phantom": 2,
     "crops": 3,
-    "convert": 2,
+    "convert": 3,
     "quality": 3,
     "ceiling": 2,
     "folds": 3,

@@ -36,6 +36,26 @@ def test_a_displacement_of_three_voxels_is_detected(real_em, crop):
     assert np.abs(np.subtract(found.shift, (0, -3, 0))).max() <= 1
 
 
+@pytest.mark.parametrize("crop", ["crop101", "crop203", "crop302"])
+def test_a_lone_class_in_a_small_box_is_left_alone_unless_it_is_far_off(real_em, crop):
+    # drawn by hand, a few boundaries are a few voxels off in one direction; the whole crop is in place
+    image, rows, table = pair(real_em, crop)
+    lone = next(c for c in range(4) if verdict_of(image, rows, table, c) == "in place")
+    random, found = np.random.default_rng(int(crop[4:])), []
+    for _ in range(25):
+        side = int(random.choice([32, 48, 64]))
+        lower = [int(random.integers(0, n - side + 1)) for n in image.shape]
+        box = tuple(slice(lo, lo + side) for lo in lower)
+        found.append(verdict_of(image[box], rows[box], table, lone))
+    assert set(found) <= {"in place", "not assessable"} and "in place" in found
+    far, near = slice(12, 90), slice(0, 78)
+    assert verdict_of(image[:90, :90, far], rows[:90, :90, near], table, lone) != "in place"
+
+
+def verdict_of(image, rows, table, column):
+    return register(image, rows, table[:, [column]], [CLASSES[column]], None).verdict
+
+
 @pytest.mark.parametrize("crop", ["crop201", "crop302"])  # benchmarks/registration.py injects more, into all four
 def test_a_wrong_scale_is_detected(real_em, crop):
     image, rows, table = pair(real_em, crop)

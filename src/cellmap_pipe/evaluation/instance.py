@@ -64,9 +64,10 @@ def score_instance_by(
     voxel_size: (z, y, x) in nm. `mask` multiplies both.
     memory_gb: working memory beyond inputs that are numpy arrays, None = as much as is fastest; of the result only
     digits beyond the seventh depend on it: distances in large boxes are then those of a tree, in float64 and not in
-    float32. It does not bound what is kept of the volumes, some RUN_BYTES per run of equal voxels along x (blobs make 0.01
-    to 0.1 runs per voxel of the volume, noise up to one), nor what the input itself needs to give one plane. Noise that
-    the rules refuse to match anyway is not kept; of other noise, MemoryError says when it exceeds what is available.
+    float32. It does not bound what is kept of the volumes, some RUN_BYTES per run of equal voxels along x (blobs make
+    0.01 to 0.1 runs per voxel of the volume, noise up to one), nor what the input itself needs to give one plane. Noise
+    that the rules refuse to match anyway is not kept; of other noise, MemoryError says when it exceeds what is
+    available.
     Raises DataError for arrays that cannot be compared, ConfigError for unknown rules.
     """
     versions = [get_rules(each) for each in rules]
