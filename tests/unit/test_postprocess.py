@@ -16,6 +16,7 @@ from cellmap_pipe.colours import colour_of
 from cellmap_pipe.errors import ContractError
 from cellmap_pipe.files import read_json, write_json
 from cellmap_pipe.geometry import Lattice
+from cellmap_pipe.prediction import postprocess
 from cellmap_pipe.prediction.hierarchy import repair
 from cellmap_pipe.prediction.postprocess import outputs_of, segment
 from cellmap_pipe.prediction.processing import FORMAT, Choice, Processing, choice_to_dict
@@ -254,6 +255,15 @@ def test_holes_are_filled_and_touching_objects_parted(tmp_path: Path) -> None:
     np.testing.assert_array_equal(nuc > 0, balls[0] | balls[1])
     np.testing.assert_array_equal(pm > 0, balls[0] | balls[1])
     assert pm.dtype == np.uint8
+
+
+def test_an_object_too_large_for_the_job_is_an_error_with_volume_and_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = predicted(tmp_path, {"nuc": np.full(GRID.shape, 255, np.uint8)})
+    monkeypatch.setattr(postprocess, "_left_for_objects", lambda memory_gb: 1e-5)
+    with pytest.raises(ContractError, match=r"crop\d+: nuc: the object of .* more memory \(--set-res"):
+        run(tmp_path, index, split_nm={"nuc": 10.0})
 
 
 def test_classes_open_as_an_ome_zarr_labels_group(tmp_path: Path) -> None:

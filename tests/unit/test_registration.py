@@ -58,6 +58,16 @@ def test_a_displacement_of_three_voxels_or_more_is_found_and_measured(shift, see
     assert found.shift == tuple(-part for part in shift)
 
 
+@pytest.mark.parametrize(
+    ("small", "off", "verdict"), [(True, 4, "in place"), (False, 4, "displaced"), (True, 12, "displaced")]
+)
+def test_a_lone_class_in_a_small_crop_is_displaced_only_far_off(monkeypatch, small, off, verdict):
+    image, rows, table = scene(1)
+    monkeypatch.setattr(registration, "LONE_VOXELS", image.size + small)
+    found = register(image, moved(rows, (0, off, 0)), table[:, :1], CLASSES[:1], None)
+    assert (found.verdict, found.shift) == (verdict, (0, -off, 0))
+
+
 def test_missing_em_does_not_count_as_an_image():
     image, rows, table = scene(1)
     valid = np.ones(image.shape, bool)

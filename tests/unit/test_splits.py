@@ -220,11 +220,14 @@ def test_crops_of_an_earlier_table_keep_their_folds_and_groups_stay_whole(tmp_pa
     }
     for first, second in itertools.combinations([crop for crop in now if crop.name in folds], 2):
         assert not near(first, second, margin_nm) or folds[first.name] == folds[second.name]
-    # who is left out would link what is apart
-    groups = group_crops(now, "crop", margin_nm)
+    # the table's groups are those of what is in it, and each crop that was left out would join two folds
+    inside = [crop for crop in now if crop.name in folds]
+    with (folder / "folds.csv").open() as stream:
+        assert {row["crop"]: row["group"] for row in csv.DictReader(stream)} == group_crops(inside, "crop", margin_nm)
     for crop in now:
-        met = {folds[name] for name in folds if groups[name] == groups[crop.name] and name in earlier}
-        assert (crop.name in folds) == (crop.name in earlier or len(met) < 2)
+        if crop.name not in folds:
+            groups = group_crops([*inside, crop], "crop", margin_nm)
+            assert len({folds[name] for name in folds if groups[name] == groups[crop.name]}) > 1
 
 
 def test_without_an_earlier_table_a_new_crop_moves_others(tmp_path):
@@ -253,13 +256,46 @@ def test_a_new_crop_between_crops_of_two_folds_is_left_out_with_a_warning(tmp_pa
     assert "2 new crops lie close to crops of different folds and are left out: a/crop1, a/crop3" in caplog.text
 
 
+def test_a_new_dataset_joins_an_earlier_table_by_dataset_and_specimen(tmp_path):
+    crops = [Crop(f"{d}/crop{i}", d, ("pm",), box([0, 0, 9000.0 * i])) for d in "abcde" for i in range(2)]
+    for group, specimens in (("dataset", {}), ("specimen", {"d": "mouse", "e": "mouse"}), ("specimen", {"e": "fly"})):
+        settings = {"seed": 0, "group": group, "specimens": specimens}
+        known = [crop for crop in crops if crop.dataset != "e"]
+        used = {name: specimen for name, specimen in specimens.items() if name != "e"}
+        earlier = table_of_folds(tmp_path, known, **{**settings, "specimens": used})
+        (tmp_path / "folds.csv").rename(tmp_path / "kept.csv")
+        folds = table_of_folds(tmp_path, crops, **settings, keep=tmp_path / "kept.csv")
+        assert earlier.items() <= folds.items() and len(folds) == 10
+        assert folds["e/crop0"] == folds["e/crop1"]
+        if "d" in specimens:
+            assert folds["e/crop0"] == folds["d/crop0"]
+
+
+def test_crops_of_an_earlier_table_are_known_by_their_numbers_and_those_that_are_gone_are_told(tmp_path, caplog):
+    crops = [Crop(f"a/crop{i}", "a", ("pm",), box([0, 0, 9000.0 * i])) for i in range(1, 7)]
+    (tmp_path / "kept.csv").write_text("crop,fold\na/crop001,2\na/crop2,2\na/crop77,0\n")
+    folds = table_of_folds(tmp_path, crops, seed=0, group="crop", keep=tmp_path / "kept.csv")
+    assert folds["a/crop1"] == folds["a/crop2"] == 2
+    assert "kept.csv: 1 of its crops are not among the crops found: a/crop77" in caplog.text
+
+
+def test_a_chain_of_new_crops_is_taken_up_to_the_one_that_would_join_two_folds(tmp_path, caplog):
+    crops = [Crop(f"a/crop{i}", "a", ("pm",), box([0, 0, 150.0 * i])) for i in range(6)]
+    (tmp_path / "kept.csv").write_text("crop,fold\na/crop0,0\na/crop5,1\na/crop4,1\n")
+    far = Crop("a/crop9", "a", ("pm",), box([0, 0, 9000.0]))
+    folds = table_of_folds(tmp_path, [*crops, far], margin_nm=160, seed=0, group="crop", keep=tmp_path / "kept.csv")
+    assert folds == {"a/crop0": 0, "a/crop1": 0, "a/crop2": 0, "a/crop4": 1, "a/crop5": 1, "a/crop9": 2}
+    assert "1 new crops lie close to crops of different folds and are left out: a/crop3" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("text", "settings", "message"),
     [
+        ("crop,fold\n" + "".join(f"a/crop{i},{i % 2}\n" for i in range(6)), {}, "leaves fold 2 without a crop; lower"),
         (None, {}, r"folds\.keep .*kept\.csv: is no table of folds"),
         ("crop,group\na/crop0,a\n", {}, r"folds\.keep .*kept\.csv: is no table of folds \(KeyError: 'fold'\)"),
         ("crop,fold\na/crop0,x\n", {}, r"folds\.keep .*kept\.csv: is no table of folds"),
-        ("crop,fold\na/crop0,4\n", {}, r"has fold 4, folds\.n is 3; set folds\.n to 5"),
+        ("crop,fold\na/crop0,4\n", {}, r"has fold 4, folds\.n is 3; set folds\.n to 5 or more"),
         ("crop,fold\na/crop0,-1\n", {}, r"always in training; set folds\.datasplit to the table"),
         ("crop,fold\nb/crop0,1\n", {}, "names none of the crops found"),
         (

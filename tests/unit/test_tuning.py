@@ -442,7 +442,8 @@ def test_processes_memory_and_pieces_do_not_change_the_result(case: Case, monkey
         case.add({"er_mem": truth, "nuc": truth}, {"er_mem": p, "nuc": p})
     alone = case.tune(settings={"repair": "auto"})
     assert case.tune(settings={"repair": "auto"}, workers=2, memory_gb=1) == alone
-    assert case.tune(settings={"repair": "auto"}, memory_gb=1e-6) == alone  # what a job has leaves no crop out
+    # what a job has leaves no crop out
+    assert case.tune(settings={"repair": "auto"}, workers=2, memory_gb=1e-6) == alone
     for voxels in (1, 200, 900):
         monkeypatch.setattr(tuning, "PIECE_VOXELS", voxels)
         assert case.tune(settings={"repair": "auto"}) == alone

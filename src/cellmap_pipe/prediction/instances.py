@@ -32,8 +32,8 @@ Mask = Callable[[int, int], np.ndarray]
 # Bytes of working memory per voxel of a slab, and per voxel of the box of an object that is parted (measured)
 SLAB_BYTES = 12
 PARTED_BYTES = 50
-# An object in a box of more voxels is left whole: what is parted must not depend on the memory of a job. 20 GB by then.
-LARGEST_PARTED = 400_000_000
+# An object in a box of more voxels (10 GB) is left whole: what is parted must not depend on the memory of a job.
+LARGEST_PARTED = 200_000_000
 # Planes of the mask that are asked for at a time: one layer of chunks
 MASK_PLANES = 64
 
@@ -182,8 +182,8 @@ class Objects:
             if PARTED_BYTES * voxels > memory:
                 raise DataError(
                     f"{name} (z, y, x) takes {PARTED_BYTES * voxels / 1e9:.3g} GB to be parted, more than the "
-                    f"{memory / 1e9:.3g} GB that are left; give the job more memory (mem_mb), or set segment.split_nm "
-                    "of the class to 0"
+                    f"{memory / 1e9:.3g} GB that are left; give the job more memory "
+                    "(--set-resources segment:mem_mb=...)"
                 )
             inside = self._component(components.first[i], lower[i], upper[i])
             parts = part_component(inside, lower[i] == 0, upper[i] == self._shape, self._voxel_nm, split_nm)

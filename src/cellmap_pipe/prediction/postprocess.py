@@ -16,7 +16,7 @@ import zarr
 
 from cellmap_pipe.classes import get_class, missing_atoms, parts_of
 from cellmap_pipe.config import RESULT_VERSIONS
-from cellmap_pipe.errors import CellmapError, ContractError
+from cellmap_pipe.errors import CellmapError, ContractError, DataError
 from cellmap_pipe.evaluation.container import MASK_ARRAY
 from cellmap_pipe.files import digest, read_json, remove_partials, replacing, write_json
 from cellmap_pipe.geometry import Lattice, Shape3, shape3
@@ -231,14 +231,18 @@ def _segment_volume(prediction: Record, folder: Path, plan: _Plan, revision: int
         _write_masks(Probabilities(prediction, target), target, plan, arrays)
         for name in whole:
             instance = get_class(name).instance
-            with find_objects(
-                partial(_planes, arrays[name]),
-                target,
-                plan.processing[name],
-                instance=instance,
-                memory_gb=_left_for_objects(memory_gb),
-                scratch=scratch,
-            ) as found:
+            try:
+                objects_of_class = find_objects(
+                    partial(_planes, arrays[name]),
+                    target,
+                    plan.processing[name],
+                    instance=instance,
+                    memory_gb=_left_for_objects(memory_gb),
+                    scratch=scratch,
+                )
+            except DataError as error:
+                raise DataError(f"{prediction['name']}: {name}: {error}") from error
+            with objects_of_class as found:
                 count = found.count if instance else None
                 dtype = str(np.dtype(found.dtype)) if instance else "uint8"
                 array = create_mask(group, name, target, dtype=dtype, objects=count, notes=marks.get(name))

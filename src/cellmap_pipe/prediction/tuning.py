@@ -76,8 +76,8 @@ LEAST_OBJECTS = 8
 ROUNDING = 1e-9
 # Values of all classes together that the repair is judged on at a time; those of one chunk if they are more.
 SLAB_VALUES = 1 << 24
-# Voxels whose probabilities are counted at a time; a row of chunks if it has more.
-PIECE_VOXELS = 1 << 25
+# Voxels whose probabilities are counted at a time: rows of chunks of at most ROW x ROW voxels; one row if it has more.
+PIECE_VOXELS, ROW = 1 << 25, 64
 
 
 @dataclass(frozen=True)
@@ -311,8 +311,8 @@ class _Crop:
         self._chunk = chunk_shape(label.level)
 
     def pieces(self) -> Iterator[Box]:
-        """Yield boxes (lower, upper) that make up the crop, of whole rows of chunks."""
-        (depth, height, _), (Z, Y, X) = self._chunk, self.lattice.shape
+        """Yield boxes (lower, upper) that make up the crop, of rows of chunks, or of parts of large chunks."""
+        (depth, height), (Z, Y, X) = (min(n, ROW) for n in self._chunk[:2]), self.lattice.shape
         height *= max(1, PIECE_VOXELS // (depth * height * X))
         for z, y in itertools.product(range(0, Z, depth), range(0, Y, height)):
             yield (z, y, 0), (min(z + depth, Z), min(y + height, Y), X)
@@ -669,9 +669,9 @@ def _default(labels: Sequence[_Label], settings: Mapping[str, Any]) -> tuple[Pro
 
 
 def _piece_bytes(label: _Label) -> int:
-    """Return about how much memory histograms take: pieces of 64 planes, or a row of chunks where it is larger."""
+    """Return about how much memory histograms take."""
     _, Y, X = label.lattice.shape
-    return 40 * min(64 * Y * X, max(2 * PIECE_VOXELS, 64 * 64 * X))
+    return 40 * min(ROW * Y * X, max(PIECE_VOXELS, ROW**2 * X))
 
 
 def _middle_bytes(label: _Label) -> int:

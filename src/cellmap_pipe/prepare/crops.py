@@ -20,6 +20,8 @@ from cellmap_pipe.prepare.labels import read_label
 
 COLUMNS = "crop dataset em labels annotated listed masks voxel_nm translation_nm shape problem".split()
 
+UNKNOWN = "unknown"  # dataset of a crop that a table lists without one and that is not on disk
+
 # Of a table of crops or volumes: the box of a row, as in the challenge's manifests.
 GEOMETRY = ("voxel_size", "translation", "shape")
 
@@ -66,7 +68,7 @@ def find_crops(data: Mapping[str, Any]) -> list[CropSource]:
         by_name.setdefault(crop.name, []).append(crop.dataset)
     listed = {}
     for dataset, name in listed_crops(data["crops"]):
-        for owner in [dataset] if dataset else by_name.get(name, ["unknown"]):
+        for owner in [dataset] if dataset else by_name.get(name, [UNKNOWN]):
             crop = _crop(root, owner, name, data)
             listed[crop.id] = crop
     return _sorted(listed.values())
@@ -182,8 +184,9 @@ def _row(crop: CropSource, root: Path, listed: Mapping[str, Lattice | None]) -> 
             break
         except DataError as error:
             problem = problem or str(error)
-    # the first readable class decides on disk, too
-    lattice = lattice or next((listed[name] for name in CLASSES if listed.get(name)), None)
+    if not lattice and crop.dataset != UNKNOWN:  # boxes of unknown datasets have no common frame
+        # the first readable class decides on disk, too
+        lattice = next((listed[name] for name in CLASSES if listed.get(name)), None)
     if not problem and not crop.em_path.is_dir():
         problem = f"{crop.em_path}: there is no EM group"
     return {

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -83,7 +83,7 @@ def write_folds(
     (prepare.specimens) does not know it or is wrong. datasplit: a table of the challenge's toolbox to use instead; its
     validation crops are fold 0, its training crops -1, and crops it does not name are left out. keep: an earlier table
     of this function, whose crops keep their folds (without `datasplit`); a crop that it does not name goes where its
-    group is, or is left out if that is in several folds.
+    group is, or is left out if it would join two folds.
     grouped_by is `group`, or "datasplit".
     Raises ConfigError, naming the crops, if they cannot be divided so, and for an unknown dataset in `specimens`.
     """
@@ -97,18 +97,23 @@ def write_folds(
         groups = group_crops(crops, group, margin_nm, specimens)
         kept = read_kept(keep, groups, n) if keep else {}
         if keep:
-            # by the kept crops alone: a new one can link groups that were apart, and then stays out itself
-            check_kept(
-                kept, group_crops([crop for crop in crops if crop.name in kept], group, margin_nm, specimens), keep
+            # of the datasets at hand: others in `specimens` are unknown names to it
+            groups = groups_beside(
+                kept, crops, keep, lambda some: group_crops(some, group, margin_nm, _of(some, specimens))
             )
-            groups = without_links(groups, kept, keep)
         folds = assign_folds(annotated, groups, n=n, seed=seed, kept=kept)
+        if missing := sorted(set(range(n)) - set(folds.values())):
+            raise ConfigError(
+                f"folds.keep {keep}: leaves fold {missing[0]} without a crop; lower folds.n, or take crops out of the "
+                "table"
+            )
     with replacing(out_csv) as partial, open(partial, "w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows(sorted((crop, groups[crop], fold, group) for crop, fold in folds.items()))
     logger.info("%s: %s", out_csv, describe_folds(out_csv))
-    lonely = _one_sided(folds, annotated)
+    on_disk = {crop.name: crop.annotated for crop in crops}
+    lonely = _one_sided(folds, on_disk if any(on_disk.values()) else annotated)
     if lonely:
         logger.warning(
             "%s: all crops with these classes are in one fold, so none is both trained and validated: %s",
@@ -190,42 +195,70 @@ def read_kept(path: str | os.PathLike[str], crops: Iterable[str], n: int) -> dic
             "made from"
         )
     if (most := max(folds.values(), default=0)) >= n:
-        raise ConfigError(f"folds.keep {path}: has fold {most}, folds.n is {n}; set folds.n to {most + 1}")
-    kept = {crop: folds[crop] for crop in crops if crop in folds}
+        raise ConfigError(f"folds.keep {path}: has fold {most}, folds.n is {n}; set folds.n to {most + 1} or more")
+    by_number = {_numbered(name): fold for name, fold in folds.items()}
+    found = {_numbered(crop): crop for crop in crops}
+    kept = {crop: by_number[number] for number, crop in found.items() if number in by_number}
     if not kept:
         raise ConfigError(f"folds.keep {path}: names none of the crops found; correct the path or set null")
+    logger.info("%s: %d crops keep their folds, %d are new", path, len(kept), len(found) - len(kept))
+    if gone := sorted(name for name in folds if _numbered(name) not in found):
+        logger.warning("%s: %d of its crops are not among the crops found: %s", path, len(gone), ", ".join(gone[:5]))
     return kept
 
 
-def check_kept(kept: Mapping[str, int], groups: Mapping[str, str], path: str | os.PathLike[str]) -> None:
-    """Raise ConfigError, naming two of them, if crops of one group are in different folds of an earlier table."""
-    first: dict[str, str] = {}
-    for crop in sorted(kept):
-        other = first.setdefault(groups[crop], crop)
-        if kept[other] != kept[crop]:
-            raise ConfigError(
-                f"folds.keep {path}: {other} (fold {kept[other]}) and {crop} (fold {kept[crop]}) must stay together; "
-                "take folds.group, folds.margin_nm and folds.specimens of the run that the table is from"
-            )
+def groups_beside(
+    kept: Mapping[str, int],
+    crops: Sequence[Crop],
+    path: str | os.PathLike[str],
+    group_of: Callable[[Sequence[Crop]], dict[str, str]],
+) -> dict[str, str]:
+    """Return the groups of the crops of an earlier table and of those new ones that join no two of its folds.
 
-
-def without_links(groups: Mapping[str, str], kept: Mapping[str, int], path: str | os.PathLike[str]) -> dict[str, str]:
-    """Return the groups without the new crops of those that are in several folds of an earlier table, with a warning.
-
-    Such a crop lies between others that are trained and validated apart: on either side it would be a leak. The kept
-    crops of its group stand alone.
+    A crop that lies between others that are trained and validated apart would be a leak on either side. They are added
+    one by one, by name, and those that are left out are named in a warning.
+    Raises ConfigError, naming two of them, if crops of one group are in different folds of the table.
     """
+    of_table = [crop for crop in crops if crop.name in kept]
+    if clash := _clash(group_of(of_table), kept):
+        first, second = clash
+        raise ConfigError(
+            f"folds.keep {path}: {first} (fold {kept[first]}) and {second} (fold {kept[second]}) must stay together; "
+            "take folds.group, folds.margin_nm and folds.specimens of the run that the table is from. If they are "
+            "those already, the box of one was not known then: delete one of the two lines"
+        )
+    groups = group_of(crops)
     folds_of: dict[str, set[int]] = {}
-    for crop, fold in kept.items():
-        folds_of.setdefault(groups[crop], set()).add(fold)
-    linked = {group for group, folds in folds_of.items() if len(folds) > 1}
-    out = sorted(crop for crop, group in groups.items() if group in linked and crop not in kept)
+    for name, fold in kept.items():
+        folds_of.setdefault(groups[name], set()).add(fold)
+    in_doubt = {name for name, group in groups.items() if len(folds_of.get(group, ())) > 1 and name not in kept}
+    accepted, out = [crop for crop in crops if crop.name not in in_doubt], []
+    for crop in sorted((crop for crop in crops if crop.name in in_doubt), key=_name):
+        if _clash(group_of([*accepted, crop]), kept):
+            out.append(crop.name)
+        else:
+            accepted.append(crop)
     if out:
         logger.warning(
-            "%s: %d new crops lie close to crops of different folds and are left out: %s",
-            *(path, len(out), ", ".join(out[:5])),
+            "folds.keep %s: %d new crops lie close to crops of different folds and are left out: %s",
+            *(path, len(out), ", ".join(out)),
         )
-    return {crop: crop if group in linked else group for crop, group in groups.items() if crop not in out}
+    return group_of(accepted)
+
+
+def _clash(groups: Mapping[str, str], kept: Mapping[str, int]) -> tuple[str, str] | None:
+    """Return two kept crops of one group and different folds, or None."""
+    first: dict[str, str] = {}
+    for name in sorted(kept.keys() & groups.keys()):
+        other = first.setdefault(groups[name], name)
+        if kept[other] != kept[name]:
+            return other, name
+    return None
+
+
+def _of(crops: Sequence[Crop], specimens: Mapping[str, str]) -> dict[str, str]:
+    datasets = {crop.dataset for crop in crops}
+    return {dataset: specimen for dataset, specimen in specimens.items() if dataset in datasets}
 
 
 def assign_folds(

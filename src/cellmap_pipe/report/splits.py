@@ -121,10 +121,13 @@ def _origin(datasplit: str | None, keep: str | None) -> str:
             "are always in training, crops that it does not name are in neither. They are the same for every grid and "
             "verdict"
         )
-    follow = "follow from the list of crops and the seed alone, never from grid or verdict"
     if keep:
-        return f"Crops that {keep} names (folds.keep) have the folds that it gives them; those of the others {follow}"
-    return f"Folds {follow}"
+        return (
+            f"Crops that {keep} names (folds.keep) have the folds that it gives them, new ones those of their "
+            "neighbours; new ones between neighbours of different folds are in none. Folds of all others follow from "
+            "these, the list of crops and the seed, never from grid or verdict"
+        )
+    return "Folds follow from the list of crops and the seed alone, never from grid or verdict"
 
 
 def _read(crops_csv: Path, folds_csv: Path, specimens: Mapping[str, str]) -> _Division:
