@@ -1,6 +1,5 @@
 """What a run needs: the crops and volumes of its tables, and the boxes of which EM levels its grids will read."""
 
-import csv
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -9,7 +8,7 @@ from dataclasses import dataclass, field
 from cellmap_pipe.classes import get_class
 from cellmap_pipe.errors import ConfigError, GeometryError
 from cellmap_pipe.geometry import Lattice, Vec3, nearest_grid, shape3, vec3
-from cellmap_pipe.prepare.crops import listed_lattice
+from cellmap_pipe.prepare.crops import listed_lattice, read_table
 from cellmap_pipe.prepare.ngff import Image
 from cellmap_pipe.prepare.plan import Box, check_budget, plan_crop, target_lattice
 
@@ -60,12 +59,7 @@ def read_wanted(
     none of them is left out); None = all.
     Raises ConfigError naming `key`, the file, the line and what is wrong there.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            table, columns = list(reader), reader.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{key} {path}: cannot be read ({error}); give a CSV of crops") from error
+    table, columns = read_table(path, key)
     if table and not {"crop", "crop_name"}.intersection(columns):
         raise ConfigError(
             f"{key} {path}: has columns {', '.join(columns)}; a column crop, or dataset and crop_name, is needed, with "

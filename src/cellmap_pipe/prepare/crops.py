@@ -7,7 +7,7 @@ import csv
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,12 +133,7 @@ def listed_crops(path: str | Path) -> dict[tuple[str, str], dict[str, Lattice | 
     A class without geometry has None; classes that are not the challenge's are left out.
     Raises ConfigError naming the file, and the line where there is one.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            rows, columns = list(reader), reader.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"data.crops {path}: cannot be read ({error}); give a CSV or null") from error
+    rows, columns = read_table(path, "data.crops")
     column = next((name for name in ("crop", "crop_name") if name in columns), None)
     if column is None:
         raise ConfigError(f"data.crops {path}: has columns {columns}; a column 'crop' or 'crop_name' is needed")
@@ -158,6 +153,19 @@ def listed_crops(path: str | Path) -> dict[tuple[str, str], dict[str, Lattice | 
             except (GeometryError, ValueError) as error:
                 raise ConfigError(f"data.crops {path}: line {line}: {error}; correct it or leave it empty") from None
     return listed
+
+
+def read_table(path: str | os.PathLike[str], key: str) -> tuple[list[dict[str, str | None]], Sequence[str]]:
+    """Return the rows of a table of crops or volumes, by column, and its columns.
+
+    Raises ConfigError naming `key` and the file.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            return list(reader), reader.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{key} {path}: cannot be read ({error}); give a CSV of crops") from error
 
 
 def listed_lattice(row: Mapping[str, str | None]) -> Lattice | None:
